@@ -1,0 +1,1 @@
+"""One file a task; its name is the name on the command line."""
