@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test check lint
+
+help:
+	@echo "make setup   the environment, the embedded model and corpora, and its calibration (minutes once, then seconds)"
+	@echo "make demo    one cell: VECTOR at a tenth of the bytes, needle in a haystack, on the embedded model"
+	@echo "make test    the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make check   lint and test"
+
+# Made with another Python: make setup PYTHON=python3.13
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: .venv/.installed
+	$(BIN)/python -m kvbench.fetch
+	$(BIN)/python scripts/calibrate.py model=smollm2-135m
+
+demo: setup
+	$(BIN)/python -m kvbench.run method=vector budget=0.1 task=niah protocol=aware limit=8
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+check: lint test
