@@ -106,7 +106,7 @@ def test_a_torn_last_line_is_cut_off_wherever_it_tore(tmp_path: Path) -> None:
     examples = write(tmp_path, range(3)) / store.EXAMPLES
     whole = examples.read_bytes()
     start = whole.rindex(b"\n", 0, -1) + 1
-    for end in range(start, len(whole)):
+    for end in range(start, len(whole), 5):
         examples.write_bytes(whole[:end])
         assert len(read_cell(examples.parent)[1]) == 2
         assert examples.stat().st_size == end  # reading changed nothing
