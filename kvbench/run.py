@@ -1,0 +1,185 @@
+"""Measure one KV-cache compression method, or a sweep of them.
+
+  python -m kvbench.run method=snapkv budget=0.1 task=niah task.context=2048
+  python -m kvbench.run -m method=full,snapkv,vector budget=0.05,0.1,0.25    every combination
+  python -m kvbench.run method=vector --cfg job                              every option, with its value; runs nothing
+
+Options are given as name=value:
+
+  model=     which model; model.path= any hub id or local folder (then also model.name=), model.dtype=, model.device=
+  method=    which method; its own options are method.<option>=
+  budget=    0.1     share of the full cache's bytes, everything counted      64MiB   as many bytes
+             0.9r    nominal: this share of the tokens is removed              128tok  nominal: tokens kept per KV head
+  task=      which task; its own options are task.<option>=
+  protocol=  blind: the question isn't seen when compressing; aware: it is
+  seed=      draws the examples
+  limit=     how many examples (null: all); a larger limit continues a finished run
+  generate=  false: only the NLL and KL of the reference answers, no free answer
+  results=   folder for the records: <results>/<task>/<model>/<method>-<budget>-<hash>/{header.json,examples.jsonl}
+  redo=      true: start finished cells over
+  tracker.mode=  W&B mirror of the records: offline (default), online, disabled
+
+A stopped run continues when the same command is given again. Exit code: 0 done, 2 the request can't be met.
+$KVBENCH_PLUGINS: a folder with methods/, tasks/ and conf/ of your own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser  # hydra.main's own: Hydra has no public way to its flags
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString, ValueType
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from kvbench.budget import Budget
+from kvbench.config import Node, Protocol, RunConfig, convert, register
+from kvbench.errors import UsageError
+from kvbench.list import choices, conf_folder, listing, user_conf_folder
+from kvbench.plugins import known
+
+BAD_INPUT = (UsageError, HydraException, OmegaConfBaseException)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv`; returns the exit code. Bad input is one line on stderr and 2."""
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except BAD_INPUT as error:
+        print(f"kvbench: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kvbench: interrupted: the same command continues", file=sys.stderr)
+        return 130
+
+
+def _main(argv: list[str]) -> int:
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.help:
+        print(f"{__doc__}\n{listing()}")
+        return 0
+    flags = [word for word in argv if word not in arguments.overrides]
+    if (folder := user_conf_folder()) and not arguments.config_dir:
+        flags += ["--config-dir", str(folder.absolute())]
+
+    # Names and budgets are checked before Hydra imports the plugins, and torch with them.
+    chosen = check(arguments.overrides, sweep=arguments.multirun)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong, for `main` to tell; Hydra's own report is many lines
+    if not arguments.config_name and runs_local_models(chosen):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which reads it once
+
+    code = 0
+
+    def job(config: Node) -> None:
+        nonlocal code
+        try:
+            start(config)
+        except BAD_INPUT as error:  # told here, so that a sweep goes on
+            from kvbench.plan import Infeasible  # imports torch, as the method just did
+
+            print(f"kvbench: {one_line(error)}", file=sys.stderr)
+            if not (arguments.multirun and isinstance(error, Infeasible)):  # which is a result, in a sweep
+                code = 2
+
+    register()
+    run = hydra.main(config_path=str(conf_folder().absolute()), config_name="config", version_base="1.3")(job)
+    before = sys.argv
+    # Hydra insists on a folder for a sweep's multirun.yaml, which tells nothing that the records' headers don't.
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.argv = ["kvbench", f"hydra.sweep.dir='{scratch}'", *arguments.overrides, *flags]
+        try:
+            run()
+        finally:
+            sys.argv = before
+    return code
+
+
+def start(config: Node) -> None:
+    """One job: the composed configuration becomes a cell, and the cell is run."""
+    run = convert(config)
+    from kvbench.evaluate import run_cells  # imports torch
+
+    run_cells([run.cell], run.results, run.limit, run.redo, run.tracker_mode, run.tracker_project)
+
+
+def check(overrides: list[str], sweep: bool) -> dict[str, list[Any]]:
+    """The values given to each option. Raises UsageError for what is wrong without a look into the plugins."""
+    chosen: dict[str, list[Any]] = {}
+    for override in _parse(overrides):
+        key = override.key_or_group
+        if override.is_hydra_override():
+            continue
+        known("option", key.split(".")[0].split("/")[0], [field.name for field in fields(RunConfig)])
+        if override.is_sweep_override() and not sweep:
+            raise UsageError(f"{override.input_line} gives several values: add -m to run each, or [..] if it is a list")
+        chosen[key] = _values(override)
+    for group in ("method", "task", "model"):
+        for name in chosen.get(group, []):
+            known(group, str(name), choices(f"{group}s"))
+    for budget in chosen.get("budget", []):
+        Budget.parse(budget)
+    for protocol in chosen.get("protocol", []):
+        known("protocol", str(protocol), Protocol.__members__)
+    return chosen
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise UsageError(
+            f"can't read {error.override}: options are name=value, special characters in double quotes (name='\"a~b\"')"
+        ) from error
+
+
+def _values(override: Override) -> list[Any]:
+    """What an option is set to: several values in a sweep; none where only Hydra can tell (deletions, globs)."""
+    if override.is_delete() or override.value_type in (ValueType.GLOB_CHOICE_SWEEP, ValueType.INTERVAL_SWEEP):
+        return []
+    values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+    return [value.text if isinstance(value, QuotedString) else value for value in values]
+
+
+def runs_local_models(chosen: dict[str, list[Any]]) -> bool:
+    """Are all models of this run on this machine, so that nothing needs the network?"""
+    paths = chosen.get("model.path")
+    if paths is None:
+        settings: Any = OmegaConf.load(conf_folder() / "config.yaml")
+        names = chosen.get("model") or [entry["model"] for entry in settings.defaults if "model" in entry]
+        files: Any = {name: OmegaConf.load(file) for name, file in choices("models").items() if name in names}
+        paths = [file.get("path") for file in files.values()]
+    return all(str(path).startswith("embedded:") or Path(str(path)).exists() for path in paths)
+
+
+def one_line(error: Exception) -> str:
+    """What is wrong, and where, in one line."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
+        key = str(cause.full_key)
+        parent = key.rpartition(".")[0]
+        names = [f"{parent}.{field.name}".lstrip(".") for field in fields(cause.object_type)]
+        return f"unknown option '{key}'; known: {', '.join(names)}"
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if isinstance(cause, OmegaConfBaseException):
+        key = cause.full_key or ""
+        return lines[0] if key in lines[0] else f"{key}: {lines[0]}"
+    return " ".join(lines)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UsageError(f"{message}; see python -m kvbench.run --help")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
