@@ -158,7 +158,7 @@ class _Haystack:
         return ids, starts[starts < length]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _haystack(source: str, writer: Writer) -> _Haystack:
     split = [[text] if source == "noise" else _SENTENCE_END.split(text) for text in _documents(source)]
     sentences = tuple(sentence for document in split for sentence in document)
