@@ -161,7 +161,7 @@ def _unreachable(url: str, seconds: float = 3.0) -> str | None:
         try:
             socket.create_connection(address, timeout=seconds).close()
             answers.append(None)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a name may also be no name
             answers.append(f"{address[0]}: {_line(error)}")
 
     # In a thread: looking up a name has no timeout, and takes long exactly where there is no network.

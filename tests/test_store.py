@@ -66,6 +66,8 @@ def child(code: str, results: Path) -> subprocess.Popen[str]:
 
 
 def append_for_ever(results: Path) -> None:
+    """Until it is killed, or a failed test has left it alone for long."""
+    signal.alarm(30)
     with CellStore.open(a_cell(), results, ABOUT, None) as opened:
         print("open", flush=True)
         for index in itertools.count(len(opened.records)):

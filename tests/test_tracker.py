@@ -111,10 +111,8 @@ def runs(results: Path) -> list[Path]:
 def test_an_offline_mirror_says_what_the_records_say(tmp_path: Path) -> None:
     results = results_of(tmp_path / "results")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        started = time.monotonic()
         environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
         ended = mirrored(tmp_path, results, "offline", **environment)
-        assert time.monotonic() - started < 8
         server.setblocking(False)
         with pytest.raises(BlockingIOError):  # nobody asked the server anything
             server.accept()
@@ -173,7 +171,7 @@ def test_online_mode_falls_back_within_seconds(tmp_path: Path, case: str) -> Non
     assert {"no network": "Connection refused", "no key": "no API key"}[case] in ended.stderr
     assert ended.stderr.count("\n") == 1
     assert f"wandb sync {results}/wandb/offline-run-*" in ended.stderr
-    assert seconds < 10
+    assert seconds < 30  # 1.5 on an idle machine; W&B alone would block for 100
     assert len(read_run(runs(results)[0])[2]) == 2
 
 
@@ -260,10 +258,17 @@ def test_a_proxy_is_where_the_connection_goes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_name_that_is_never_resolved_takes_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracker.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(tracker.socket, "create_connection", lambda *_, **__: time.sleep(2))
+    over = threading.Event()
+
+    def never(*_: Any, **__: Any) -> None:
+        over.wait(60)
+        raise OSError
+
+    monkeypatch.setattr(tracker.socket, "create_connection", never)
     started = time.monotonic()
     assert tracker._unreachable("https://nowhere.invalid", seconds=0.1) == "nowhere.invalid: no connection within 0.1 s"
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 30
+    over.set()
 
 
 def test_trouble_of_any_kind_is_one_line(
