@@ -1,0 +1,79 @@
+"""What a method fits once per model, offline, and keeps: safetensors files in the user's cache folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvbench.cell import plain
+from kvbench.errors import UsageError
+from kvbench.fetch import cache_folder
+
+if TYPE_CHECKING:
+    from kvbench.model import Model
+
+_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Tensors fitted for one model, and the header that says how."""
+
+    tensors: Mapping[str, Tensor]
+    header: Mapping[str, Any]
+    digest: str
+
+
+class Calibration(ABC):
+    """A frozen dataclass: how an artefact is fitted. Its fields, and the model, name the artefact."""
+
+    @abstractmethod
+    def fit(self, model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, what to say about them in the header); shows its own progress."""
+
+    def identity(self) -> dict[str, Any]:
+        fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"calibration": type(self).__name__} | fields
+
+
+def location(calibration: Calibration, model: Model) -> Path:
+    """Where the artefact is kept: named by the calibration and the model's identity."""
+    identity = json.dumps([calibration.identity(), model.identity], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return cache_folder() / "artefacts" / model.config.name / f"{type(calibration).__name__}-{digest}.safetensors"
+
+
+def load_or_fit(calibration: Calibration, model: Model) -> Artefact:
+    """The kept artefact; fitted first if there is none."""
+    file = location(calibration, model)
+    if not file.exists():
+        tensors, about = calibration.fit(model)
+        header = {"format": _FORMAT, "model": model.identity, **calibration.identity(), **about}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.tmp")
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {"kvbench": json.dumps(header)})
+        os.replace(partial, file)
+    return load(file, model)
+
+
+def load(file: Path, model: Model) -> Artefact:
+    """Raises UsageError for a file of another format or one fitted for another model."""
+    with safe_open(file, framework="pt", device=str(model.network.device)) as opened:
+        header = json.loads((opened.metadata() or {}).get("kvbench", "{}"))
+        if header.get("format") != _FORMAT:
+            raise UsageError(f"{file} is no artefact of this version of kvbench: delete it, it will be fitted again")
+        if header["model"] != model.identity:
+            raise UsageError(f"{file} was fitted for {header['model']['name']}, not for {model.identity['name']}")
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    return Artefact(tensors, header, hashlib.sha256(file.read_bytes()).hexdigest()[:16])

@@ -1,0 +1,77 @@
+"""What a codec is: how the keys, or the values, of one tier's rows in one layer are stored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvbench.cache.layout import Layout
+
+Stored = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a codec may know of the rows it stores. A value codec also sees their keys, as they will be decoded."""
+
+    layout: Layout
+    position: Int[Tensor, " rows"] | None = None  # where `needs_position`
+    token: Int[Tensor, " rows"] | None = None  # the token ids, where `needs_token`
+    key: Float[Tensor, "rows dim"] | None = None  # for value codecs
+
+
+class Codec(ABC):
+    """Final subclasses are frozen dataclasses in kvbench/cache/codecs/, one per file.
+
+    Byte formulas must match what `fit` and `encode` leave: the cache compares them with the measured storages.
+    """
+
+    @property
+    def needs_position(self) -> bool:
+        """Whether each row's position must be held."""
+        return False
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether the context's token ids must be held (needs positions too)."""
+        return False
+
+    @property
+    def group(self) -> int:
+        """Rows of one KV head that are encoded together, as per-channel quantisation does."""
+        return 1
+
+    @property
+    def shared(self) -> tuple[Tensor, ...]:
+        """Tensors of a per-model artefact that decoding reads."""
+        return ()
+
+    def fixed_bytes(self, kv_heads: int, dim: int, dtype: torch.dtype) -> int:
+        """Bytes that `fit` leaves per layer and context."""
+        return 0
+
+    @abstractmethod
+    def group_bytes(self, dim: int, dtype: torch.dtype) -> tuple[int, int]:
+        """(payload, metadata) bytes that `encode` leaves per group of rows."""
+
+    def fit(self, x: Float[Tensor, "rows dim"], rows: Rows) -> Stored:
+        """What is stored once per layer and context."""
+        return {}
+
+    @abstractmethod
+    def encode(self, x: Float[Tensor, "rows dim"], rows: Rows, fixed: Stored) -> Stored:
+        """What is stored per group: tensors whose first axis is the groups, in the order of the rows."""
+
+    @abstractmethod
+    def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
+        """The rows as attention sees them, in the model's dtype `like`."""
+
+    def mix(
+        self, weights: Float[Tensor, "kv_heads new width"], stored: Stored, rows: Rows, fixed: Stored
+    ) -> Float[Tensor, "kv_heads new dim"]:
+        """`weights` @ the decoded rows of each head, in float32. Linear codecs override it to build no row."""
+        return weights @ rows.layout.pad(self.decode(stored, rows, fixed, torch.float32))

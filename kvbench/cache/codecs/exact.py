@@ -1,0 +1,25 @@
+"""Rows as they are, in the model's dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvbench.cache.codecs.base import Codec, Rows, Stored
+
+
+@dataclass(frozen=True)
+class Exact(Codec):
+    """Lossless."""
+
+    def group_bytes(self, dim: int, dtype: torch.dtype) -> tuple[int, int]:
+        return dim * dtype.itemsize, 0
+
+    def encode(self, x: Float[Tensor, "rows dim"], rows: Rows, fixed: Stored) -> Stored:
+        return {"x": x}
+
+    def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
+        return stored["x"].to(like)

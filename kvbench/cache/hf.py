@@ -1,0 +1,169 @@
+"""The only file that knows transformers' cache and attention internals (transformers 5.23).
+
+A model is run with one `LayerAttention` per layer. It reaches the model as a cache layer whose `update` returns a view
+instead of tensors, and the attention function registered under `kvbench_tiers` calls it back with the query. Whatever
+this file does not implement it refuses; a keyword that is ignored is a wrong number that nobody sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from kvbench.errors import UsageError
+
+ATTENTION = "kvbench_tiers"
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+_HARMLESS = {"position_ids", "use_cache"}  # keywords of the attention call that change nothing here
+
+
+@runtime_checkable
+class LayerAttention(Protocol):
+    """What stands in for one layer's cache: it keeps the new rows as it likes and attends for their queries."""
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads new dim"],
+        key: Float[Tensor, "batch kv_heads new dim"],
+        value: Float[Tensor, "batch kv_heads new dim"],
+        scale: float,
+    ) -> Float[Tensor, "batch heads new dim"]: ...
+
+
+@dataclass(frozen=True)
+class _View:
+    """Travels through the model in place of the cached keys and values."""
+
+    attention: LayerAttention
+    key: Tensor
+    value: Tensor
+
+
+class _Layer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, attention: LayerAttention) -> None:
+        super().__init__()
+        self._attention = attention
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        view = _View(self._attention, key_states, value_states)
+        return view, view
+
+    # Positions and masks are always given, so the model never asks; answering would hide a wrong call.
+    def get_seq_length(self) -> int:
+        raise NotImplementedError
+
+    get_max_length = get_mask_sizes = lazy_initialization = get_seq_length  # type: ignore[assignment]
+
+
+def _tiers(
+    module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention function: (batch, heads, new, dim) -> (batch, new, heads, dim)."""
+    scale, dropout = kwargs.pop("scaling"), kwargs.pop("dropout", 0.0)
+    odd = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS]
+    if odd or dropout or attention_mask is not None:
+        what = ", ".join(odd) or ("dropout" if dropout else "an attention mask")
+        raise UsageError(f"this model's attention uses {what}, which kvbench does not implement")
+    return key.attention.attend(query, key.key, key.value, scale).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _tiers)
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Raises UsageError for models whose attention is not plain causal attention with rotary positions."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    reasons = {
+        f"the family '{config.model_type}'": config.model_type not in FAMILIES,
+        "a sliding window": getattr(config, "sliding_window", None) is not None,
+        ", ".join(sorted(kinds - {"full_attention"})): kinds != {"full_attention"},
+        "softcapped logits": getattr(config, "attn_logit_softcapping", None) is not None,
+    }
+    for reason, refused in reasons.items():
+        if refused:
+            raise UsageError(f"kvbench does not implement {reason}; it runs {', '.join(FAMILIES)} with full attention")
+
+
+class Network:
+    """A causal language model of transformers, run layer by layer through `LayerAttention`s."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        check_supported(model.config)
+        model.set_attn_implementation(ATTENTION)
+        model.eval()
+        self._model: Any = model
+        self._body: Any = model.model
+        config: Any = model.config
+        self.layers: int = config.num_hidden_layers
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
+        self.dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.vocabulary: int = config.vocab_size
+        self.max_positions: int = config.max_position_embeddings
+        self.device, self.dtype = model.device, model.dtype
+
+    def row_bytes(self) -> int:
+        """Bytes of one exact token in all layers and KV heads."""
+        return 2 * self.layers * self.kv_heads * self.dim * self.dtype.itemsize
+
+    @property
+    def embeddings(self) -> Float[Tensor, "vocabulary hidden"]:
+        """The input embedding table: the model's own weights."""
+        return self._body.embed_tokens.weight
+
+    def rope(self, position: Int[Tensor, "..."]) -> tuple[Float[Tensor, "... dim"], Float[Tensor, "... dim"]]:
+        """(cos, sin) of the rotary embedding, in float32, scaled as the model scales them."""
+        cos, sin = self._body.rotary_emb(torch.empty(0, device=self.device), position[None])
+        return cos[0], sin[0]
+
+    def hidden(
+        self, ids: Int[Tensor, "batch new"], position: Int[Tensor, "batch new"], layers: Sequence[LayerAttention]
+    ) -> Float[Tensor, "batch new hidden"]:
+        """The last hidden states of new tokens at given positions."""
+        cache = Cache(layers=[_Layer(x) for x in layers])
+        out = self._body(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
+        return out.last_hidden_state
+
+    def logits(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... vocabulary"]:
+        return self._model.lm_head(hidden)
+
+    def embed(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens hidden"]:
+        return self._body.embed_tokens(ids)
+
+    def run_layer(
+        self,
+        index: int,
+        hidden: Float[Tensor, "tokens hidden"],
+        position: Int[Tensor, " tokens"],
+        attention: LayerAttention,
+    ) -> Float[Tensor, "tokens hidden"]:
+        """One decoder layer over hidden states, for methods that read the context their own way."""
+        cache = Cache(layers=[_Layer(attention)] * self.layers)
+        embeddings = self._body.rotary_emb(hidden[None], position_ids=position[None])
+        return self._body.layers[index](
+            hidden[None],
+            attention_mask=None,
+            position_ids=position[None],
+            past_key_values=cache,
+            use_cache=True,
+            position_embeddings=embeddings,
+        )[0]
+
+
+def unrotate(
+    key: Float[Tensor, "... dim"], cos: Float[Tensor, "... dim"], sin: Float[Tensor, "... dim"]
+) -> Float[Tensor, "... dim"]:
+    """A key as it was before its rotary embedding, in float32: the inverse of `k * cos + rotate_half(k) * sin`."""
+    key = key.float()
+    first, second = key.chunk(2, dim=-1)
+    back = key * cos + torch.cat([second, -first], dim=-1) * sin
+    return back / (cos.square() + sin.square())

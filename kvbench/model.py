@@ -1,0 +1,77 @@
+"""Loading a model: the network, its tokenizer, and the facts a header needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from kvbench import fetch
+from kvbench.cache.hf import Network, check_supported
+from kvbench.cell import ModelConfig
+from kvbench.errors import UsageError
+from kvbench.prompt import Writer
+
+
+@dataclass(frozen=True)
+class Model:
+    config: ModelConfig
+    network: Network
+    writer: Writer
+    stop: frozenset[int]  # end-of-turn token ids
+    facts: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an artefact is fitted for: the weights, not the device or the chat template."""
+        return {"name": self.config.name, "weights": self.facts["weights"], "dtype": self.config.dtype}
+
+
+def load_model(config: ModelConfig) -> Model:
+    """Raises UsageError when weights are missing or the architecture is not supported."""
+    path, source = config.path, "hub"
+    if path.startswith("embedded:"):
+        path, source = str(fetch.embedded_model()), "embedded"
+    elif Path(path).expanduser().is_dir():
+        path, source = str(Path(path).expanduser()), "folder"
+    dtype = getattr(torch, config.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"model.dtype={config.dtype} is unknown; use bfloat16, float16 or float32")
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    logging.disable_progress_bar()  # a second's worth of bars on every run
+    try:
+        about = AutoConfig.from_pretrained(path, revision=config.revision)
+        check_supported(about)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        model = AutoModelForCausalLM.from_pretrained(path, revision=config.revision, dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        hint = f"fetch it with `hf download {path}` or set model.path to a local folder"
+        raise UsageError(f"the weights of {config.name} are not to be had: {hint}") from error
+    network = Network(model.to(device))
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    facts = {
+        "source": source,
+        "weights": _weights_name(source, Path(path), about),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "torch_threads": torch.get_num_threads(),
+    }
+    writer = Writer(tokenizer, config.chat, config.template)
+    return Model(config, network, writer, frozenset(ends) | {tokenizer.eos_token_id}, facts)
+
+
+def _weights_name(source: str, path: Path, config: Any) -> str:
+    """The hub's commit, or a hash of the local weight files."""
+    if source == "hub":
+        return str(config._commit_hash)
+    if source == "embedded":
+        return json.loads((path / "done.json").read_text())["files"]["model.safetensors"][:16]
+    hashes = "".join(fetch.file_hash(file) for file in sorted(path.glob("*.safetensors")))
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16]

@@ -1,0 +1,214 @@
+"""Tiers and plans: which token of which layer and KV head is stored how, and what that weighs.
+
+A *tier* is how a token is stored: a codec for its key and one for its value. A *plan* routes every (layer, KV head,
+token) to a tier, or to nothing. Methods make plans; `kvbench.cache.packed` turns them into bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+
+from kvbench.budget import Allowance
+from kvbench.cache.codecs.base import Codec
+from kvbench.cache.codecs.exact import Exact
+from kvbench.cache.layout import Layout, index_dtype
+from kvbench.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvbench.prefill import Seen
+
+EVICTED = -1
+
+
+class Infeasible(UsageError):
+    """No plan of the method fits the budget; `smallest` is the bytes of the smallest one."""
+
+    def __init__(self, smallest: int, limit: int) -> None:
+        super().__init__(f"the smallest plan needs {smallest:,} bytes, the budget allows {limit:,}")
+        self.smallest, self.limit = smallest, limit
+
+
+@dataclass(frozen=True)
+class Tier:
+    """How a token is stored. Equal tiers are one tier: a layer holds one slab for each."""
+
+    name: str  # as records show it
+    key: Codec
+    value: Codec
+
+    @property
+    def needs_position(self) -> bool:
+        return self.key.needs_position or self.value.needs_position
+
+    @property
+    def needs_token(self) -> bool:
+        return self.key.needs_token or self.value.needs_token
+
+    @property
+    def group(self) -> int:
+        """Tokens that can only be stored together."""
+        return max(self.key.group, self.value.group)
+
+    @property
+    def shared(self) -> tuple[Tensor, ...]:
+        """Tensors of the model's artefacts that decoding reads: held once per model, reported apart."""
+        return self.key.shared + self.value.shared
+
+    def row_bytes(self, dim: int, dtype: torch.dtype) -> tuple[int, int]:
+        """(payload, metadata) bytes of one token in one KV head, its position left out; per whole group if grouped."""
+        key, value = self.key.group_bytes(dim, dtype), self.value.group_bytes(dim, dtype)
+        keys, values = self.group // self.key.group, self.group // self.value.group
+        return key[0] * keys + value[0] * values, key[1] * keys + value[1] * values
+
+
+EXACT = Tier("exact", Exact(), Exact())
+
+
+@dataclass(frozen=True)
+class Made:
+    """Rows a method makes itself, as in merging: they follow the context's own rows in a layer's route."""
+
+    key: Float[Tensor, "kv_heads made dim"]
+    value: Float[Tensor, "kv_heads made dim"]
+    log_multiplicity: Float[Tensor, "kv_heads made"]  # added to the row's logit: log of how many tokens it stands for
+    position: Int[Tensor, "kv_heads made"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The route of one layer: for each KV head and row an index into `tiers`, or EVICTED."""
+
+    tiers: tuple[Tier, ...]
+    route: Int8[Tensor, "kv_heads rows"]  # the layer's tokens, then the rows of `made`
+    made: Made | None = None
+    hold_positions: bool = False  # hold (and pay for) positions though no codec needs them
+    state: Any = None  # what the method's `step` and `select` start from; its tensors are held bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    layers: tuple[LayerPlan, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Bytes of a plan. `held` is what the budget bounds; `shared` is fitted once per model and reported apart."""
+
+    payload: int
+    metadata: int
+
+    @property
+    def held(self) -> int:
+        return self.payload + self.metadata
+
+
+def keep_all(seen: Seen) -> Plan:
+    """Every token exact: the full cache."""
+    return Plan(tuple(LayerPlan((EXACT,), torch.zeros_like(x.key[..., 0], dtype=torch.int8)) for x in seen.layers))
+
+
+def weigh(plan: Plan, seen: Seen) -> Weight:
+    """What the plan will hold, from its codecs' formulas; `CompressedCache` measures the same on real storages."""
+    payload = metadata = 0
+    position_size = index_dtype(seen.next_position).itemsize
+    for layer, x in zip(plan.layers, seen.layers, strict=True):
+        kv_heads, _, dim = x.key.shape
+        dtype = x.key.dtype
+        for tier, layout in zip(layer.tiers, Layout.of_route(layer.route, len(layer.tiers)), strict=True):
+            if not layout.rows:
+                continue
+            row = tier.row_bytes(dim, dtype)
+            fixed = tier.key.fixed_bytes(kv_heads, dim, dtype) + tier.value.fixed_bytes(kv_heads, dim, dtype)
+            payload += row[0] * layout.rows // tier.group
+            metadata += row[1] * layout.rows // tier.group + fixed
+            if tier.needs_position or layer.hold_positions:
+                metadata += position_size * (layout.width if layout.shared else layout.rows)
+            if not layout.uniform:
+                metadata += 4 * kv_heads
+            if layer.made is not None and bool((layer.route[:, x.key.shape[1] :] == layer.tiers.index(tier)).any()):
+                metadata += 4 * layout.rows
+        metadata += sum(t.nbytes for t in tensors_in(layer.state))
+    if any(tier.needs_token for layer in plan.layers for tier in layer.tiers):
+        metadata += index_dtype(seen.vocabulary).itemsize * len(seen.token_ids)
+    return Weight(payload, metadata)
+
+
+def tensors_in(state: Any) -> list[Tensor]:
+    """The tensors of a method's state: a tensor, or a (nested) tuple that may hold other values too."""
+    if isinstance(state, Tensor):
+        return [state]
+    return [t for part in state for t in tensors_in(part)] if isinstance(state, tuple) else []
+
+
+def top_rows(
+    scores: Float[Tensor, "kv_heads tokens"], keep: int, protect: tuple[int, int] = (0, 0)
+) -> Int8[Tensor, "kv_heads tokens"]:
+    """The route that keeps `keep` tokens per KV head in tier 0: the protected first and last ones, then the best.
+
+    Protection is by index, never by a large score, so it holds in any precision. It shrinks to half of `keep`.
+    """
+    tokens = scores.shape[-1]
+    first, last = shrink(protect, keep, tokens)
+    route = torch.full_like(scores, EVICTED, dtype=torch.int8)
+    route[:, :first] = 0
+    route[:, tokens - last :] = 0
+    middle = scores[:, first : tokens - last]
+    best = middle.topk(min(keep - first - last, middle.shape[-1]), dim=-1).indices + first
+    return route.scatter(1, best, 0)
+
+
+def shrink(protect: tuple[int, int], keep: int, tokens: int) -> tuple[int, int]:
+    """(first, last) protected tokens, cut to half of `keep` in all (the last ones first) unless every token is kept."""
+    if keep >= tokens:
+        return (0, 0)
+    first, last = protect
+    half = keep // 2
+    if first + last > half:
+        first = min(first, half)
+        last = min(last, half - first) or min(1, keep - first)
+    return first, last
+
+
+def keep_best(
+    seen: Seen,
+    scores: Callable[[Seen, int], Float[Tensor, "kv_heads tokens"]],
+    budget: Allowance,
+    protect: tuple[int, int] = (0, 0),
+    tier: Tier = EXACT,
+) -> Plan:
+    """Equal bytes for every layer and KV head, filled with its best tokens, all in one tier."""
+    keep = uniform_rows(seen, budget, tier)
+    return Plan(
+        tuple(
+            LayerPlan((tier,), top_rows(scores(seen, i), min(keep, x.key.shape[1]), protect))
+            for i, x in enumerate(seen.layers)
+        )
+    )
+
+
+def uniform_rows(seen: Seen, budget: Allowance, tier: Tier) -> int:
+    """How many tokens per layer and KV head the allowance holds in `tier`. Raises Infeasible below one."""
+    payload, metadata = tier.row_bytes(seen.dim, seen.dtype)
+    if tier.needs_position:
+        metadata += index_dtype(seen.next_position).itemsize
+    rows = sum(x.key.shape[0] for x in seen.layers)
+    row = budget.charged(payload, metadata) * rows
+    if budget.limit < row:
+        raise Infeasible(row, budget.limit)
+    return budget.limit // row
+
+
+def plan_rows(plan: Plan) -> dict[str, float]:
+    """Mean tokens per layer and KV head in each tier, as records show them."""
+    rows: dict[str, int] = {}
+    for layer in plan.layers:
+        for tier, layout in zip(layer.tiers, Layout.of_route(layer.route, len(layer.tiers)), strict=True):
+            rows[tier.name] = rows.get(tier.name, 0) + layout.rows
+    heads = sum(layer.route.shape[0] for layer in plan.layers)
+    return {name: count / heads for name, count in rows.items()}

@@ -1,0 +1,183 @@
+"""Reading a context exactly, once, and what is seen on the way."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvbench.artefact import Artefact
+from kvbench.cache.hf import Network
+from kvbench.measure.clock import Stopwatch
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a statistic sees of one layer: a chunk of queries (positions start .. start + new) and all keys so far."""
+
+    layer: int
+    query: Float[Tensor, "heads new dim"]  # after the rotary embedding
+    key: Float[Tensor, "kv_heads seen dim"]
+    value: Float[Tensor, "kv_heads seen dim"]
+    start: int
+    total: int  # tokens of the whole context
+    scale: float
+
+
+class Statistic(ABC):
+    """A frozen dataclass. Gathered layer by layer while the context is read; equal statistics are gathered once."""
+
+    @abstractmethod
+    def observe(self, state: Any, seen: Observed) -> Any:
+        """The layer's statistic after one more chunk; `state` is None at the first one."""
+
+
+@dataclass(frozen=True)
+class SeenLayer:
+    """The exact rows of a layer. Shared by all cells: never changed."""
+
+    key: Float[Tensor, "kv_heads tokens dim"]  # after the rotary embedding
+    value: Float[Tensor, "kv_heads tokens dim"]
+    position: Int[Tensor, " tokens"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one exact prefill saw: all that a method's plan may depend on."""
+
+    layers: tuple[SeenLayer, ...]
+    token_ids: Int[Tensor, " tokens"]
+    network: Network
+    context_id: str = ""
+    statistics: Mapping[Statistic, tuple[Any, ...]] = field(default_factory=dict)  # one value a layer
+    seconds: Mapping[Statistic, float] = field(default_factory=dict)  # what gathering them took
+    artefact: Artefact | None = None  # of the method's own `calibration`
+
+    @property
+    def next_position(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def dim(self) -> int:
+        return self.network.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].key.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        return self.network.vocabulary
+
+    def generator(self, *names: object) -> torch.Generator:
+        """A CPU generator seeded by the context and `names`: the same draws on any device, in any order of cells."""
+        digest = hashlib.sha256("|".join(map(str, (self.context_id, *names))).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+class Recorder:
+    """The cache of one layer during an exact prefill: attends causally, keeps the rows, feeds the statistics."""
+
+    def __init__(self, layer: int, total: int, statistics: Iterable[Statistic], clocks: dict[Statistic, Stopwatch]):
+        self.layer, self.total, self.clocks = layer, total, clocks
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+        self.observed: dict[Statistic, Any] = dict.fromkeys(statistics)
+        self.last: Observed | None = None
+
+    def attend(
+        self,
+        query: Float[Tensor, "1 heads new dim"],
+        key: Float[Tensor, "1 kv_heads new dim"],
+        value: Float[Tensor, "1 kv_heads new dim"],
+        scale: float,
+    ) -> Float[Tensor, "1 heads new dim"]:
+        start = 0 if self.key is None else self.key.shape[1]
+        if self.key is None or self.value is None:
+            self.key, self.value = key[0].contiguous(), value[0].contiguous()
+        else:
+            self.key, self.value = torch.cat([self.key, key[0]], 1), torch.cat([self.value, value[0]], 1)
+        new = query.shape[2]
+        mask = causal_lower_right(new, start + new) if start else None
+        out = scaled_dot_product_attention(
+            query, self.key[None], self.value[None], mask, is_causal=not start, scale=scale, enable_gqa=True
+        )
+        self.last = Observed(self.layer, query[0], self.key, self.value, start, self.total, scale)
+        for statistic in self.observed:
+            with self.clocks[statistic]:
+                self.observed[statistic] = statistic.observe(self.observed[statistic], self.last)
+        return out
+
+
+def read_exactly(
+    network: Network,
+    ids: Int[Tensor, " tokens"],
+    statistics: Iterable[Statistic] = (),
+    context_id: str = "",
+    chunk: int = 65536,
+) -> Seen:
+    """One causal pass over a context, in chunks of `chunk` tokens; scaled-dot-product attention, no T x T matrix."""
+    reader = Reader(network, ids, statistics, context_id)
+    for start in range(0, len(ids), chunk):
+        part = ids[start : start + chunk][None]
+        position = torch.arange(start, start + part.shape[1], device=ids.device)[None]
+        network.hidden(part, position, reader.recorders)
+    return reader.seen()
+
+
+class Reader:
+    """What a method with an own prefill reads the context with: its tokens, and the model's layers one by one."""
+
+    def __init__(
+        self,
+        network: Network,
+        ids: Int[Tensor, " tokens"],
+        statistics: Iterable[Statistic] = (),
+        context_id: str = "",
+    ) -> None:
+        self.network, self.ids, self.context_id = network, ids, context_id
+        statistics = list(statistics)
+        self._clocks = {s: Stopwatch(network.device) for s in statistics}
+        self.recorders = [Recorder(i, len(ids), statistics, self._clocks) for i in range(network.layers)]
+        self._positions: dict[int, Tensor] = {}
+
+    def embed(self) -> Float[Tensor, "tokens hidden"]:
+        return self.network.embed(self.ids)
+
+    def run(
+        self, layers: range, hidden: Float[Tensor, "tokens hidden"], position: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Runs some layers over hidden states; they keep their rows."""
+        for i in layers:
+            hidden = self.network.run_layer(i, hidden, position, self.recorders[i])
+            self._positions[i] = position
+        return hidden
+
+    def last(self, layer: int) -> Observed:
+        """The queries, keys and values of a layer just run."""
+        observed = self.recorders[layer].last
+        assert observed is not None, f"layer {layer} has not been run"
+        return observed
+
+    def seen(self) -> Seen:
+        every = torch.arange(len(self.ids), device=self.ids.device)
+        layers = []
+        for i, x in enumerate(self.recorders):
+            assert x.key is not None and x.value is not None, f"layer {i} has not been run"
+            layers.append(SeenLayer(x.key, x.value, self._positions.get(i, every)))
+        return Seen(
+            tuple(layers),
+            self.ids,
+            self.network,
+            self.context_id,
+            {s: tuple(r.observed[s] for r in self.recorders) for s in self._clocks},
+            {s: clock.seconds for s, clock in self._clocks.items()},
+        )

@@ -1,0 +1,35 @@
+"""Statistics that several methods share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvbench.cache.attention import attention_weights, causal_mask
+from kvbench.prefill import Observed, Statistic
+
+
+@dataclass(frozen=True)
+class WindowAttention(Statistic):
+    """Mean attention that the context's last `window` queries pay to each token: (heads, tokens), float32, per layer.
+
+    Softmax over all tokens, causal inside the window. A context shorter than the window is all window.
+    """
+
+    window: int
+
+    def observe(self, state: Tensor | None, seen: Observed) -> Float[Tensor, "heads tokens"]:
+        first = max(seen.total - self.window, 0)  # position of the window's first query
+        end = seen.start + seen.query.shape[1]
+        tokens = seen.total if end == seen.total else end
+        total = torch.zeros(len(seen.query), seen.total, device=seen.query.device) if state is None else state
+        if end <= first:
+            return total
+        query = seen.query[:, max(first - seen.start, 0) :]
+        mask = causal_mask(query.shape[1], tokens, query.device)
+        weights = attention_weights(query, seen.key, seen.scale, mask).sum(1) / min(self.window, seen.total)
+        total[:, :tokens] += weights
+        return total

@@ -1,0 +1,163 @@
+"""VECTOR."""
+
+import enum
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbench.budget import Allowance
+from kvbench.cache.codecs.base import Rows
+from kvbench.cache.codecs.exact import Exact
+from kvbench.cache.codecs.from_key import FromKey
+from kvbench.cache.codecs.quant import Quant
+from kvbench.cache.layout import Layout, index_dtype
+from kvbench.errors import UsageError
+from kvbench.method import Method
+from kvbench.plan import EXACT, Infeasible, LayerPlan, Plan, Tier, keep_all, shrink
+from kvbench.plugins import build_method
+from kvbench.prefill import Seen, Statistic
+from kvbench.toolbox.routers import paper_counts, paper_route, utility_route
+from kvbench.toolbox.value_maps import Features, Maps, ValueMaps
+
+TEXTS = ["essays", "squad", "hotpotqa", "pydoc", "stdlib"]
+
+
+class Router(enum.Enum):
+    """`paper`: drop the values with the least error from a relaxed pool. `utility`: a knapsack (ours)."""
+
+    paper = 0
+    utility = 1
+
+
+@dataclass(frozen=True)
+class Vector(Method):
+    """Retain, approximate (keep the key, estimate the value from it) or evict each token (VECTOR, arXiv 2605.23258).
+
+    A plug-in for any eviction scorer (`base`). Reconstructed from a public reading note of the paper, not from its
+    text. The paper's recipe is `router=paper maps=layer features=key intercept=false` (method=vector_paper); with
+    `maps=layer` all heads of a layer route together, since the map reads every head's key. Ours, and named so:
+    `router=utility` (importance x reconstructability per byte), `features=key_token` (the token's embedding helps to
+    estimate its value), `intercept` (the mean error of a context, held with it), `key_bits=4` (keys of approximated
+    tokens) and `retain_bits=4` (keys and values of retained ones). Maps are fitted on `texts`, disjoint from every
+    task, on first use; they are shared by all contexts and reported as `bytes_shared`.
+    """
+
+    base: str = "snapkv"
+    base_options: dict[str, Any] = field(default_factory=dict)
+    router: Router = Router.utility
+    features: Features = Features.key_token
+    maps: Maps = Maps.head
+    intercept: bool = True
+    key_bits: int = 16
+    retain_bits: int = 16
+    texts: list[str] = field(default_factory=lambda: list(TEXTS))
+    calibration_tokens: int = 65536
+
+    def __post_init__(self) -> None:
+        if type(self.scorer).scores is Method.scores:
+            raise UsageError(f"method.base={self.base} scores no tokens: VECTOR needs a scorer such as snapkv")
+        for name in ("key_bits", "retain_bits"):
+            if getattr(self, name) not in (2, 4, 8, 16):
+                raise UsageError(f"method.{name}={getattr(self, name)} is not one of 2, 4, 8, 16")
+
+    @cached_property
+    def scorer(self) -> Method:
+        return build_method(self.base, **self.base_options)
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return self.scorer.needs
+
+    @property
+    def calibration(self) -> ValueMaps:
+        return ValueMaps(tuple(self.texts), self.calibration_tokens)
+
+    def plan(self, seen: Seen, budget: Allowance) -> Plan:
+        if budget.limit >= sum(x.key.nbytes + x.value.nbytes for x in seen.layers):
+            return keep_all(seen)
+        retain = EXACT if self.retain_bits == 16 else Tier(f"{self.retain_bits}-bit", *[_quant(self.retain_bits)] * 2)
+        tiers = [(retain, self._approximate(seen, i)) for i in range(len(seen.layers))]
+        costs, limit = self._costs(seen, budget, tiers[0])
+        return Plan(tuple(LayerPlan(t, self._route(seen, i, t, costs, limit)) for i, t in enumerate(tiers)))
+
+    def _approximate(self, seen: Seen, layer: int) -> Tier:
+        """The tier of a layer's approximated tokens."""
+        assert seen.artefact is not None
+        name = f"{self.features.name}.{self.maps.name}.{layer}"
+        weight, bias = (seen.artefact.tensors[f"{name}.{part}"] for part in ("weight", "bias"))
+        table = seen.network.embeddings if self.features is Features.key_token else None
+        key = Exact() if self.key_bits == 16 else _quant(self.key_bits)
+        joint = self.maps is Maps.layer
+        return Tier("approximate", key, FromKey(weight, bias, seen.network.rope, table, self.intercept, joint))
+
+    def _costs(self, seen: Seen, budget: Allowance, tiers: tuple[Tier, Tier]) -> tuple[tuple[int, int], int]:
+        """Bytes of a (retained, approximated) token and bytes for the tokens, each in one unit of routing.
+
+        A unit is a KV head of a layer, or with `maps=layer` the layer, whose heads share their tokens' positions.
+        Raises Infeasible if not one token fits.
+        """
+        kv_heads = seen.layers[0].key.shape[0]
+        rows = kv_heads if self.maps is Maps.layer else 1
+        units = len(seen.layers) * kv_heads // rows
+        position = index_dtype(seen.next_position).itemsize
+        retained, approximated = (tier.row_bytes(seen.dim, seen.dtype) for tier in tiers)
+        costs = (
+            rows * budget.charged(*retained),
+            budget.charged(rows * approximated[0], rows * approximated[1] + position),
+        )
+        counts = 0 if self.maps is Maps.layer else 2 * 4  # where heads differ, each tier's rows are counted per head
+        fixed = budget.charged(0, tiers[1].value.fixed_bytes(rows, seen.dim, seen.dtype) + counts)
+        ids = index_dtype(seen.vocabulary).itemsize * len(seen.token_ids) if tiers[1].needs_token else 0
+        limit = (budget.limit - budget.charged(0, ids)) // units - fixed
+        least = costs[0] if self.router is Router.paper else min(costs)
+        if limit < least:
+            raise Infeasible(budget.charged(0, ids) + units * (fixed + least), budget.limit)
+        return costs, limit
+
+    def _route(self, seen: Seen, layer: int, tiers: tuple[Tier, Tier], costs: tuple[int, int], limit: int) -> Tensor:
+        x = seen.layers[layer]
+        kv_heads, tokens, _ = x.key.shape
+        value = x.value.float()
+        norm = value.square().sum(-1)
+        errors = [(self._estimate(seen, layer, tier) - value).square().sum(-1) for tier in tiers]
+        scores = self.scorer.scores(seen, layer)
+        together = self.maps is Maps.layer
+        if together:  # one route for all heads
+            norm, scores = norm.sum(0, keepdim=True), scores.mean(0, keepdim=True)
+            errors = [error.sum(0, keepdim=True) for error in errors]
+        first, last = shrink(self.scorer.protect, limit // costs[0], tokens)
+        at = torch.arange(tokens, device=value.device)
+        protected = (at < first) | (at >= tokens - last)
+        if self.router is Router.paper:
+            route = paper_route(scores, errors[1], paper_counts(tokens, costs, limit), protected)
+        else:
+            importance = scores if self.scorer.additive else _positive(scores)
+            retained, approximated = ((1 - error / norm).clamp(0, 1) for error in errors)
+            route = utility_route(importance, approximated, retained, costs, limit, protected)
+        return route.expand(kv_heads, -1)
+
+    def _estimate(self, seen: Seen, layer: int, tier: Tier) -> Tensor:
+        """Every value of a layer as `tier` would give it back: (kv_heads, tokens, dim), float32."""
+        x = seen.layers[layer]
+        if tier == EXACT:
+            return x.value.float()
+        layout = Layout((x.key.shape[1],) * x.key.shape[0], shared=True)
+        position = x.position.repeat(x.key.shape[0])
+        rows = Rows(layout, position, seen.token_ids[position])
+        key = tier.key.decode(tier.key.encode(x.key.flatten(0, 1), rows, {}), rows, {}, seen.dtype)
+        rows = Rows(layout, position, rows.token, key)
+        flat = x.value.flatten(0, 1)
+        fixed = tier.value.fit(flat, rows)
+        return layout.pad(tier.value.decode(tier.value.encode(flat, rows, fixed), rows, fixed, torch.float32))
+
+
+def _quant(bits: int) -> Quant:
+    return Quant(bits, channels=64)
+
+
+def _positive(scores: Tensor) -> Tensor:
+    """A monotone map of any scores to positive numbers that may be added up: softmax of the standardised scores."""
+    return ((scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)).softmax(1)

@@ -1,0 +1,39 @@
+"""Fit what a method needs once per model (VECTOR's value maps), and keep it in the user's cache folder.
+
+    python scripts/calibrate.py model=llama3.1-8b method=vector method.texts='[my_corpus.txt]'
+
+Takes the options of `python -m kvbench.run`; a run does the same on first use. Prints where the artefact is and how well
+it predicts text that was held out of the fit. The default is the default method, vector.
+"""
+
+from __future__ import annotations
+
+import sys
+from statistics import fmean
+from typing import Any
+
+from kvbench.run import main, with_config
+
+
+def calibrate(config: Any) -> None:
+    from kvbench.artefact import load_or_fit, location
+    from kvbench.config import convert
+    from kvbench.model import load_model
+
+    cell = convert(config).cell
+    calibration = cell.method.calibration
+    if calibration is None:
+        print(f"{cell.label} needs no calibration")
+        return
+    model = load_model(cell.model)
+    artefact = load_or_fit(calibration, model)
+    print(location(calibration, model))
+    for variant, layers in artefact.header["held_out_r2"].items():
+        print(f"{variant:18} held-out R2 {fmean(fmean(heads) for heads in layers):.3f}, mean over layers and KV heads")
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        sys.exit(0)
+    sys.exit(main(job=calibrate))

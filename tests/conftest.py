@@ -1,0 +1,91 @@
+"""Tiny random models, and what the real one needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from kvbench import fetch
+from kvbench.cache.hf import Network
+from kvbench.cell import ModelConfig
+from kvbench.errors import UsageError
+from kvbench.model import Model
+from kvbench.prompt import Writer
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}<a>"
+
+
+def tiny_network(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: int) -> Network:
+    """A random model of 2 layers, 4 heads, 2 KV heads of 16, vocabulary 260; weights large enough to attend sharply."""
+    sizes = {
+        "vocab_size": 260,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.3,
+        "sliding_window": None,
+    }
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | changes)), dtype=dtype)
+    return Network(model)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and four special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate([*alphabet, "<s>", "</s>", "<u>", "<a>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Model:
+    """A complete tiny model: network, tokenizer, facts."""
+    config = ModelConfig(name="tiny", path="tiny", dtype="float32")
+    tokenizer = byte_tokenizer()
+    stop = frozenset({tokenizer.eos_token_id})
+    return Model(config, tiny_network(), Writer(tokenizer), stop, {"weights": "random-0"})
+
+
+@pytest.fixture(scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own, with the fetched parts of the user's: artefacts of toys stay out of that."""
+    real, folder = fetch.cache_folder(), tmp_path_factory.mktemp("cache")
+    for part in ("models", "corpora"):
+        if (real / part).exists():
+            (folder / part).symlink_to(real / part)
+    before = os.environ.get("KVBENCH_CACHE")
+    os.environ["KVBENCH_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["KVBENCH_CACHE"]
+    else:
+        os.environ["KVBENCH_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def corpora() -> None:
+    """Skips where the corpora have not been fetched."""
+    try:
+        fetch.corpus("essays")
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+def ids_of(network: Network, tokens: int, seed: int = 1) -> torch.Tensor:
+    """Random token ids."""
+    return torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,203 @@
+"""The conformance suite: what every method in methods/ must do, discovered, on a tiny random model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ids_of, tiny_network
+
+from kvbench import plugins
+from kvbench.artefact import load_or_fit
+from kvbench.budget import Budget
+from kvbench.cache.fork import Fork
+from kvbench.cache.packed import CompressedCache
+from kvbench.decode import feed
+from kvbench.method import Axis, Method
+from kvbench.model import Model
+from kvbench.plan import Infeasible, Plan, weigh
+from kvbench.prefill import Reader, Seen, read_exactly
+
+TOKENS, NEW = 200, 7
+BUDGETS = ["0.05", "0.1", "0.25", "0.5", "0.77", "1"]
+METHODS = list(plugins.files("methods"))
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    return plugins.build_method(request.param)
+
+
+def see(method: Method, model: Model, tokens: int = TOKENS, chunk: int = 65536) -> Seen:
+    network = model.network
+    ids = ids_of(network, tokens)
+    if method.own_prefill:
+        seen = method.read(Reader(network, ids, method.needs, "c"))
+    else:
+        seen = read_exactly(network, ids, method.needs, "c", chunk)
+    calibration = method.calibration
+    return replace(seen, artefact=load_or_fit(calibration, model)) if calibration else seen
+
+
+def pack(method: Method, seen: Seen, budget: str) -> tuple[Plan, CompressedCache]:
+    full = seen.network.row_bytes() * len(seen.token_ids)
+    plan = method.plan(seen, Budget.parse(budget).allow(full, len(seen.token_ids)))
+    return plan, CompressedCache.pack(plan, seen)
+
+
+@pytest.mark.usefixtures("own_cache", "corpora")
+class TestEveryMethod:
+    @pytest.mark.parametrize("budget", BUDGETS)
+    def test_holds_what_it_planned_within_the_budget(self, method: Method, tiny: Model, budget: str) -> None:
+        seen = see(method, tiny)
+        plan, cache = pack(method, seen, budget)
+        limit = float(budget) * tiny.network.row_bytes() * TOKENS
+        assert cache.nbytes == weigh(plan, seen).held  # measured = predicted
+        if method.budgeted and method.axis is Axis.HELD:
+            assert cache.nbytes <= limit
+            # filled to within two rows per layer and head, and the metadata that one of them could bring
+            assert cache.nbytes > limit - 2 * tiny.network.row_bytes() - 600
+
+    def test_budget_1_is_the_full_cache(self, method: Method, tiny: Model) -> None:
+        seen = see(method, tiny)
+        cache = pack(method, seen, "1")[1]
+        new = ids_of(tiny.network, NEW, seed=2)[None]
+        full = Fork(pack(plugins.build_method("full"), seen, "1")[1], Method())
+        with torch.inference_mode():
+            expected = feed(tiny.network, [full], new)
+            found = feed(tiny.network, [Fork(cache, method)], new)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        assert cache.nbytes == tiny.network.row_bytes() * TOKENS
+
+    def test_same_seed_same_plan_in_any_company(self, method: Method, tiny: Model) -> None:
+        """The plan depends on the context alone: not on a second run, nor on statistics that others asked for."""
+        plan = pack(method, see(method, tiny), "0.25")[0]
+        torch.rand(3)
+        again = pack(method, see(method, tiny), "0.25")[0]
+        every = {need for name in METHODS for need in plugins.build_method(name).needs}
+        if not method.own_prefill:
+            company = read_exactly(tiny.network, ids_of(tiny.network, TOKENS), every, "c")
+            company = replace(company, artefact=see(method, tiny).artefact)
+            shared = pack(method, company, "0.25")[0]
+            assert all(torch.equal(a.route, b.route) for a, b in zip(plan.layers, shared.layers, strict=True))
+        assert all(torch.equal(a.route, b.route) for a, b in zip(plan.layers, again.layers, strict=True))
+
+    def test_changes_nothing_it_saw(self, method: Method, tiny: Model) -> None:
+        seen = see(method, tiny)
+        before = [(x.key.clone(), x.value.clone()) for x in seen.layers]
+        cache = pack(method, seen, "0.25")[1]
+        with torch.inference_mode():
+            feed(tiny.network, [Fork(cache, method)], ids_of(tiny.network, NEW)[None])
+        for (key, value), x in zip(before, seen.layers, strict=True):
+            assert torch.equal(key, x.key)
+            assert torch.equal(value, x.value)
+
+    @pytest.mark.parametrize("budget", ["0.1", "0.5"])
+    def test_forks_never_see_each_other(self, method: Method, tiny: Model, budget: str) -> None:
+        seen = see(method, tiny)
+        cache = pack(method, seen, budget)[1]
+        first, second = ids_of(tiny.network, NEW, seed=3)[None], ids_of(tiny.network, NEW, seed=4)[None]
+        with torch.inference_mode():
+            alone = feed(tiny.network, [Fork(cache, method)], second)
+            parent = Fork(cache, method)
+            feed(tiny.network, [parent], first)
+            child = parent.fork()
+            continued = feed(tiny.network, [child], second)
+            feed(tiny.network, [parent], first)  # the parent goes on after the fork
+            assert torch.equal(feed(tiny.network, [Fork(cache, method)], second), alone)
+            fresh = Fork(cache, method)
+            feed(tiny.network, [fresh], first)
+            assert torch.equal(feed(tiny.network, [fresh], second), continued)
+
+    def test_batch_equals_solo(self, method: Method, tiny: Model) -> None:
+        seen = see(method, tiny)
+        caches = [pack(method, seen, b)[1] for b in ("0.1", "0.5")]
+        new = torch.stack([ids_of(tiny.network, NEW, seed=s) for s in (5, 6)])
+        with torch.inference_mode():
+            together = feed(tiny.network, [Fork(c, method) for c in caches], new)
+            alone = [feed(tiny.network, [Fork(c, method)], n[None])[0] for c, n in zip(caches, new, strict=True)]
+        torch.testing.assert_close(together, torch.stack(alone), atol=2e-5, rtol=0)
+
+    def test_a_block_equals_token_by_token(self, method: Method, tiny: Model) -> None:
+        cache = pack(method, see(method, tiny), "0.25")[1]
+        new = ids_of(tiny.network, NEW, seed=7)[None]
+        with torch.inference_mode():
+            block = feed(tiny.network, [Fork(cache, method)], new)
+            fork = Fork(cache, method)
+            single = torch.cat([feed(tiny.network, [fork], new[:, i : i + 1]) for i in range(NEW)], 1)
+        torch.testing.assert_close(block, single, atol=2e-5, rtol=0)
+
+    def test_tiers_attend_as_the_oracle(self, method: Method, tiny: Model) -> None:
+        if method.steps or method.selects:
+            pytest.skip("acts in time: the tiered path is for caches that only grow")
+        cache = pack(method, see(method, tiny), "0.25")[1]
+        new = ids_of(tiny.network, NEW, seed=8)[None]
+        with torch.inference_mode():
+            oracle = feed(tiny.network, [Fork(cache, method)], new)
+            tiered = feed(tiny.network, [Fork(cache, method, tiered=True)], new)
+        torch.testing.assert_close(tiered, oracle, atol=2e-4, rtol=0)
+
+    def test_chunked_reading_plans_alike(self, method: Method, tiny: Model) -> None:
+        if method.own_prefill:
+            pytest.skip("reads in its own way")
+        plans = [pack(method, see(method, tiny, chunk=chunk), "0.25")[0] for chunk in (65536, 64)]
+        for whole, chunked in zip(plans[0].layers, plans[1].layers, strict=True):
+            assert (whole.route == chunked.route).float().mean() > 0.99  # ties may fall differently
+
+    def test_nominal_budgets_are_never_refused_for_metadata(self, method: Method, tiny: Model) -> None:
+        seen = see(method, tiny)
+        for budget in ("0.9r", "20tok"):
+            plan, _ = pack(method, seen, budget)
+            if method.budgeted:
+                assert weigh(plan, seen).payload <= 20 * tiny.network.row_bytes()
+
+    def test_refuses_with_the_smallest_plan(self, method: Method, tiny: Model) -> None:
+        if not method.budgeted:
+            pytest.skip("ignores the budget")
+        seen = see(method, tiny)
+        with pytest.raises(Infeasible) as refused:
+            pack(method, seen, "1B")
+        cache = pack(method, seen, f"{refused.value.smallest}B")[1]
+        assert 0 < cache.nbytes <= refused.value.smallest
+
+    def test_docstring_says_where_it_comes_from(self, method: Method) -> None:
+        doc = " ".join((type(method).__doc__ or "").split())
+        assert any(word in doc for word in ("arXiv", "no paper", "the reference"))
+        assert plugins.summary(plugins.files("methods")[plugins.name_of(method)])
+
+
+def test_wide_contexts_hold_wider_positions(tiny: Model) -> None:
+    """Above 65,536 tokens positions and ids need 4 bytes: the formula and the storage must agree on it."""
+    from kvbench.cache.layout import index_dtype, widen
+
+    for count in (2**16, 2**16 + 1):
+        top = torch.tensor([0, count - 1])
+        assert torch.equal(widen(top.to(index_dtype(count))), top)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_budget_1_reproduces_stock_transformers(family: str) -> None:
+    """Greedy tokens identical, logits to 1e-4 in float32."""
+    from transformers import AutoModelForCausalLM
+
+    network = tiny_network(family)
+    config: Any = copy.deepcopy(network._model.config)  # setting an attention function writes to it
+    stock = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    stock.load_state_dict(network._model.state_dict())
+    ids = ids_of(network, 80)
+    full = plugins.build_method("full")
+    with torch.inference_mode():
+        seen = read_exactly(network, ids[:60])
+        fork = Fork(pack(full, seen, "1")[1], full)
+        logits = feed(network, [fork], ids[None, 60:])
+        torch.testing.assert_close(logits, stock(ids[None]).logits[:, 60:], atol=1e-4, rtol=0)
+        from kvbench.decode import greedy
+
+        answer = greedy(network, fork, logits[0, -1], frozenset(), 20)
+        expected = stock.generate(
+            ids[None], attention_mask=torch.ones(1, 80, dtype=torch.long), max_new_tokens=20, do_sample=False, eos_token_id=None
+        )
+    assert answer == expected[0, 80:].tolist()
