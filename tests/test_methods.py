@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import checks
 import pytest
 import torch
 from conftest import ids_of, tiny_network
@@ -97,38 +98,14 @@ class TestEveryMethod:
 
     @pytest.mark.parametrize("budget", ["0.1", "0.5"])
     def test_forks_never_see_each_other(self, method: Method, tiny: Model, budget: str) -> None:
-        seen = see(method, tiny)
-        cache = pack(method, seen, budget)[1]
-        first, second = ids_of(tiny.network, NEW, seed=3)[None], ids_of(tiny.network, NEW, seed=4)[None]
-        with torch.inference_mode():
-            alone = feed(tiny.network, [Fork(cache, method)], second)
-            parent = Fork(cache, method)
-            feed(tiny.network, [parent], first)
-            child = parent.fork()
-            continued = feed(tiny.network, [child], second)
-            feed(tiny.network, [parent], first)  # the parent goes on after the fork
-            assert torch.equal(feed(tiny.network, [Fork(cache, method)], second), alone)
-            fresh = Fork(cache, method)
-            feed(tiny.network, [fresh], first)
-            assert torch.equal(feed(tiny.network, [fresh], second), continued)
+        checks.forks_never_see_each_other(tiny.network, pack(method, see(method, tiny), budget)[1], method)
 
     def test_batch_equals_solo(self, method: Method, tiny: Model) -> None:
         seen = see(method, tiny)
-        caches = [pack(method, seen, b)[1] for b in ("0.1", "0.5")]
-        new = torch.stack([ids_of(tiny.network, NEW, seed=s) for s in (5, 6)])
-        with torch.inference_mode():
-            together = feed(tiny.network, [Fork(c, method) for c in caches], new)
-            alone = [feed(tiny.network, [Fork(c, method)], n[None])[0] for c, n in zip(caches, new, strict=True)]
-        torch.testing.assert_close(together, torch.stack(alone), atol=2e-5, rtol=0)
+        checks.batch_equals_solo(tiny.network, [pack(method, seen, b)[1] for b in ("0.1", "0.5")], method)
 
     def test_a_block_equals_token_by_token(self, method: Method, tiny: Model) -> None:
-        cache = pack(method, see(method, tiny), "0.25")[1]
-        new = ids_of(tiny.network, NEW, seed=7)[None]
-        with torch.inference_mode():
-            block = feed(tiny.network, [Fork(cache, method)], new)
-            fork = Fork(cache, method)
-            single = torch.cat([feed(tiny.network, [fork], new[:, i : i + 1]) for i in range(NEW)], 1)
-        torch.testing.assert_close(block, single, atol=2e-5, rtol=0)
+        checks.block_equals_single(tiny.network, pack(method, see(method, tiny), "0.25")[1], method)
 
     def test_tiers_attend_as_the_oracle(self, method: Method, tiny: Model) -> None:
         if method.steps or method.selects:
