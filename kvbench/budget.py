@@ -9,7 +9,7 @@ from fractions import Fraction
 from kvbench.errors import UsageError
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-_FORM = re.compile(r"(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)\s*([A-Za-z]*)")
+_FORM = re.compile(r"(\d+\.?\d*(?:[eE][-+]?\d{1,2})?|\.\d+)\s*([A-Za-z]*)")
 _HELP = "use a share of the full cache (0.1), bytes (64MiB), or nominally the share removed (0.9r) or tokens (128tok)"
 
 

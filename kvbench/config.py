@@ -14,6 +14,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from kvbench import plugins
 from kvbench.budget import Budget
@@ -154,6 +155,20 @@ def build(what: str, node: Node) -> Any:
         return cls(**values)
     except ValueError as error:  # a plugin's __post_init__ that refuses its options
         raise UsageError(f"{what}: {error}") from error
+
+
+def build_plugin(kind: str, name: str, options: dict[str, Any]) -> Any:
+    """An instance of a plugin; wrong names and types are refused as on the command line."""
+    what = kind.removesuffix("s")
+    cls = plugins.load(kind, name)
+    for option in options:
+        plugins.known("option", f"{name}.{option}", [f"{name}.{f.name}" for f in dataclasses.fields(cls)])
+    node = schema(cls)
+    try:
+        node.merge_with(options)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{what} {name}: {str(error).splitlines()[0]}") from error
+    return build(f"{what} {name}", node)
 
 
 def convert(config: Node) -> Run:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvbench.cache.fork import Fork, ForkLayer
-from kvbench.cache.hf import Network
+
+if TYPE_CHECKING:
+    from kvbench.cache.hf import Network
 
 BLOCK = 512  # tokens fed at once: bounds the attention mask of a long question
 

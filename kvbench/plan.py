@@ -116,6 +116,7 @@ def keep_all(seen: Seen) -> Plan:
 def weigh(plan: Plan, seen: Seen) -> Weight:
     """What the plan will hold, from its codecs' formulas; `CompressedCache` measures the same on real storages."""
     payload = metadata = 0
+    tokens_held = False
     position_size = index_dtype(seen.next_position).itemsize
     for layer, x in zip(plan.layers, seen.layers, strict=True):
         kv_heads, _, dim = x.key.shape
@@ -123,6 +124,7 @@ def weigh(plan: Plan, seen: Seen) -> Weight:
         for tier, layout in zip(layer.tiers, Layout.of_route(layer.route, len(layer.tiers)), strict=True):
             if not layout.rows:
                 continue
+            tokens_held |= tier.needs_token
             row = tier.row_bytes(dim, dtype)
             fixed = tier.key.fixed_bytes(kv_heads, dim, dtype) + tier.value.fixed_bytes(kv_heads, dim, dtype)
             payload += row[0] * layout.rows // tier.group
@@ -134,7 +136,7 @@ def weigh(plan: Plan, seen: Seen) -> Weight:
             if layer.made is not None and bool((layer.route[:, x.key.shape[1] :] == layer.tiers.index(tier)).any()):
                 metadata += 4 * layout.rows
         metadata += sum(t.nbytes for t in tensors_in(layer.state))
-    if any(tier.needs_token for layer in plan.layers for tier in layer.tiers):
+    if tokens_held:
         metadata += index_dtype(seen.vocabulary).itemsize * len(seen.token_ids)
     return Weight(payload, metadata)
 

@@ -40,8 +40,8 @@ def files(kind: str) -> dict[str, Path]:
 def summary(file: Path) -> str:
     """The first line of a plugin's class docstring, read without importing it."""
     for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.ClassDef) and (doc := ast.get_docstring(node)):
-            return doc.splitlines()[0]
+        if isinstance(node, ast.ClassDef) and {"Method", "Task"} & {ast.unparse(base) for base in node.bases}:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
     return ""
 
 
@@ -77,9 +77,8 @@ def name_of(plugin: object) -> str:
 
 
 def build_method(name: str, **options: Any) -> Any:
-    """An instance of the method called `name`: what a wrapper uses to make its base."""
-    cls = load("methods", name)
-    try:
-        return cls(**options)
-    except TypeError as error:
-        raise UsageError(f"method {name}: {str(error).replace(f'{cls.__name__}.__init__() ', '')}") from error
+    """An instance of the method called `name`, its options checked as on the command line: how a wrapper makes its base.
+    """
+    from kvbench.config import build_plugin  # which needs this module
+
+    return build_plugin("methods", name, options)

@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvbench.artefact import Artefact
-from kvbench.cache.hf import Network
 from kvbench.measure.clock import Stopwatch
+
+if TYPE_CHECKING:
+    from kvbench.artefact import Artefact
+    from kvbench.cache.hf import Network
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,10 +50,13 @@ from kvbench.plugins import known
 BAD_INPUT = (UsageError, HydraException, OmegaConfBaseException)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv`; returns the exit code. Bad input is one line on stderr and 2."""
+def main(argv: Sequence[str] | None = None, action: Callable[[Node], None] | None = None) -> int:
+    """Runs the command line `argv`; returns the exit code. Bad input is one line on stderr and 2.
+
+    `action` takes each job's composed configuration; without it the job's cell is run.
+    """
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        return _main(list(sys.argv[1:] if argv is None else argv), action or start)
     except BAD_INPUT as error:
         print(f"kvbench: {one_line(error)}", file=sys.stderr)
         return 2
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], action: Callable[[Node], None]) -> int:
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     arguments = parser.parse_intermixed_args(argv)
@@ -84,7 +87,7 @@ def _main(argv: list[str]) -> int:
     def job(config: Node) -> None:
         nonlocal code
         try:
-            start(config)
+            action(config)
         except BAD_INPUT as error:  # told here, so that a sweep goes on
             from kvbench.plan import Infeasible  # imports torch, as the method just did
 

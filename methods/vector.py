@@ -22,7 +22,7 @@ from kvbench.prefill import Seen, Statistic
 from kvbench.toolbox.routers import paper_counts, paper_route, utility_route
 from kvbench.toolbox.value_maps import Features, Maps, ValueMaps
 
-TEXTS = ["essays", "squad", "hotpotqa", "pydoc", "stdlib"]
+TEXTS = ("essays", "squad", "hotpotqa", "pydoc", "stdlib")
 
 
 class Router(enum.Enum):
@@ -53,7 +53,7 @@ class Vector(Method):
     intercept: bool = True
     key_bits: int = 16
     retain_bits: int = 16
-    texts: list[str] = field(default_factory=lambda: list(TEXTS))
+    texts: tuple[str, ...] = TEXTS
     calibration_tokens: int = 65536
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class Vector(Method):
 
     @property
     def calibration(self) -> ValueMaps:
-        return ValueMaps(tuple(self.texts), self.calibration_tokens)
+        return ValueMaps(self.texts, self.calibration_tokens)
 
     def plan(self, seen: Seen, budget: Allowance) -> Plan:
         if budget.limit >= sum(x.key.nbytes + x.value.nbytes for x in seen.layers):

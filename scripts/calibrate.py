@@ -12,7 +12,7 @@ import sys
 from statistics import fmean
 from typing import Any
 
-from kvbench.run import main, with_config
+from kvbench.run import main
 
 
 def calibrate(config: Any) -> None:
@@ -36,4 +36,4 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         sys.exit(0)
-    sys.exit(main(job=calibrate))
+    sys.exit(main(action=calibrate))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvbench.artefact import Calibration
 from kvbench.cache.codecs.from_key import token_features
-from kvbench.cache.hf import unrotate
+from kvbench.cache.rope import unrotate
 from kvbench.corpora import documents
 from kvbench.errors import UsageError
 from kvbench.measure.progress import progress
@@ -61,11 +61,12 @@ class ValueMaps(Calibration):
         grams = [_Grams(model), _Grams(model)]
         digest = hashlib.sha256()
         count = max(self.tokens // self.sequence, 2)
+        fold = min(5, count)
         with torch.inference_mode(), progress() as bar:
             job = bar.add_task(f"fitting value maps of {model.config.name}", total=count)
             for i, ids in zip(range(count), self._sequences(model), strict=False):
                 digest.update(ids.cpu().numpy().tobytes())
-                grams[i % 5 == 4].add(read_exactly(network, ids))
+                grams[i % fold == fold - 1].add(read_exactly(network, ids))
                 bar.advance(job)
         tensors: dict[str, Tensor] = {}
         scores: dict[str, list[list[float]]] = {}

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvbench.cache.codecs.base import Codec, Rows, Stored
-from kvbench.cache.hf import unrotate
+from kvbench.cache.rope import unrotate
 
 
 @dataclass(frozen=True, eq=False)

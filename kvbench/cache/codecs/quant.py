@@ -23,7 +23,7 @@ class Quant(Codec):
     channels: int = 0
 
     def _blocks(self, dim: int) -> tuple[int, int]:
-        width = self.channels or dim
+        width = min(self.channels or dim, dim)
         return dim // width, width
 
     def group_bytes(self, dim: int, dtype: torch.dtype) -> tuple[int, int]:
