@@ -22,7 +22,8 @@ class ModelConfig:
     name: str = "???"  # as tables and folders show it
     path: str = "???"  # a hub id, a local folder, or `embedded:<name>` for what `python -m kvbench.fetch` brings
     revision: str | None = None  # hub commit or tag
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of the cache, in which bytes are counted
+    compute: str = "auto"  # of the layers; auto: as `dtype`, but float32 on a CPU that has no such instructions
     device: str = "auto"  # auto: CUDA where there is one, else the CPU
     chat: bool = True  # wrap prompts in the tokenizer's chat template
     template: dict[str, Any] = dataclasses.field(default_factory=dict)  # extra arguments of the chat template

@@ -175,6 +175,7 @@ def convert(config: Node) -> Run:
     """A composed configuration as plain frozen objects, checked."""
     model = build("model", config.model)
     plugins.known("model.dtype", model.dtype, DTYPES)
+    plugins.known("model.compute", model.compute, ("auto", *DTYPES))
     if config.seed < 0:
         raise UsageError(f"seed={config.seed} is below 0")
     if config.limit is not None and config.limit < 1:

@@ -88,8 +88,15 @@ class Seen:
 class Recorder:
     """The cache of one layer during an exact prefill: attends causally, keeps the rows, feeds the statistics."""
 
-    def __init__(self, layer: int, total: int, statistics: Iterable[Statistic], clocks: dict[Statistic, Stopwatch]):
-        self.layer, self.total, self.clocks = layer, total, clocks
+    def __init__(
+        self,
+        layer: int,
+        total: int,
+        dtype: torch.dtype,
+        statistics: Iterable[Statistic],
+        clocks: dict[Statistic, Stopwatch],
+    ) -> None:
+        self.layer, self.total, self.dtype, self.clocks = layer, total, dtype, clocks
         self.key: Tensor | None = None
         self.value: Tensor | None = None
         self.observed: dict[Statistic, Any] = dict.fromkeys(statistics)
@@ -103,14 +110,16 @@ class Recorder:
         scale: float,
     ) -> Float[Tensor, "1 heads new dim"]:
         start = 0 if self.key is None else self.key.shape[1]
+        new_key, new_value = (x[0].to(self.dtype).contiguous() for x in (key, value))
         if self.key is None or self.value is None:
-            self.key, self.value = key[0].contiguous(), value[0].contiguous()
+            self.key, self.value = new_key, new_value
         else:
-            self.key, self.value = torch.cat([self.key, key[0]], 1), torch.cat([self.value, value[0]], 1)
+            self.key, self.value = torch.cat([self.key, new_key], 1), torch.cat([self.value, new_value], 1)
+            key, value = (x[None].to(query.dtype) for x in (self.key, self.value))
         new = query.shape[2]
         mask = causal_lower_right(new, start + new) if start else None
         out = scaled_dot_product_attention(
-            query, self.key[None], self.value[None], mask, is_causal=not start, scale=scale, enable_gqa=True
+            query, key, value, mask, is_causal=not start, scale=scale, enable_gqa=True
         )
         self.last = Observed(self.layer, query[0], self.key, self.value, start, self.total, scale)
         for statistic in self.observed:
@@ -148,7 +157,7 @@ class Reader:
         self.network, self.ids, self.context_id = network, ids, context_id
         statistics = list(statistics)
         self._clocks = {s: Stopwatch(network.device) for s in statistics}
-        self.recorders = [Recorder(i, len(ids), statistics, self._clocks) for i in range(network.layers)]
+        self.recorders = [Recorder(i, len(ids), network.dtype, statistics, self._clocks) for i in range(network.layers)]
         self._positions: dict[int, Tensor] = {}
 
     def embed(self) -> Float[Tensor, "tokens hidden"]:

@@ -120,7 +120,7 @@ def test_every_variant_stays_within_its_bytes(tiny: Model, options: dict[str, An
         cache = CompressedCache.pack(plan, seen)
         assert cache.nbytes <= float(budget) * full
         routes = torch.stack([layer.route for layer in plan.layers])
-        if (routes == RETAINED).all():  # 4-bit retention holds every token in less
+        if (routes >= 0).all():  # 4-bit retention holds every token in less
             continue
         assert cache.nbytes > float(budget) * full - 2 * tiny.network.row_bytes() - 600
         assert cache.shared_bytes > 0

@@ -99,12 +99,12 @@ class ForkLayer:
             room = (self._key.shape[0], end + _SLACK, self._key.shape[2])
             for name in ("_key", "_value"):
                 old = getattr(self, name)
-                new = old.new_empty(room)
+                new = key.new_empty(room)  # in the layers' dtype
                 new[:, : self.length] = old[:, : self.length]
                 setattr(self, name, new)
             self._own = True
-        self._key[:, self.length : end] = key
-        self._value[:, self.length : end] = value
+        self._key[:, self.length : end] = key.to(self.packed.empty.dtype)  # rounded as the cache would hold it
+        self._value[:, self.length : end] = value.to(self.packed.empty.dtype)
         self.length = end
 
     def _mask(self, query: Tensor) -> Tensor | None:
@@ -174,4 +174,4 @@ class Fork:
     @property
     def tail_bytes(self) -> int:
         """Bytes of the exact rows after the context: question, answer prefix, answer."""
-        return sum(2 * layer.tail[0].nbytes for layer in self.layers)
+        return sum(2 * x.tail[0].numel() * x.packed.empty.element_size() for x in self.layers)

@@ -94,9 +94,12 @@ def check_supported(config: PretrainedConfig) -> None:
 
 
 class Network:
-    """A causal language model of transformers, run layer by layer through `LayerAttention`s."""
+    """A causal language model of transformers, run layer by layer through `LayerAttention`s.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    `dtype` is the cache's: keys and values are held, and counted, in it. The layers compute in the weights' own.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
         check_supported(model.config)
         model.set_attn_implementation(ATTENTION)
         model.eval()
@@ -109,7 +112,7 @@ class Network:
         self.dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.vocabulary: int = config.vocab_size
         self.max_positions: int = config.max_position_embeddings
-        self.device, self.dtype = model.device, model.dtype
+        self.device, self.dtype = model.device, dtype or model.dtype
 
     def row_bytes(self) -> int:
         """Bytes of one exact token in all layers and KV heads."""

@@ -169,7 +169,7 @@ class PackedLayer:
         """The layer after `edit`; `tail` is (keys, values, positions) of the rows that came after the context."""
         old = {slab.tier: (slab, start) for slab, start in zip(self.slabs, self._starts(), strict=True)}
         dense = self.dense()
-        key, value = torch.cat([dense.key, tail[0]], 1), torch.cat([dense.value, tail[1]], 1)
+        key, value = (torch.cat([x, t.to(x.dtype)], 1) for x, t in zip((dense.key, dense.value), tail[:2], strict=True))
         context = dense.position if dense.position is not None else tail[2].new_zeros(key.shape[0], dense.key.shape[1])
         position = torch.cat([context, tail[2].expand(key.shape[0], -1)], 1)
         slabs = []
