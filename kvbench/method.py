@@ -11,18 +11,18 @@ Methods that act in time add `step` (edits while decoding), `select` (rows a que
 from __future__ import annotations
 
 import enum
-from abc import ABC
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvbench.budget import Allowance
-from kvbench.plan import LayerPlan, Plan, keep_best
+from kvbench.plan import Plan, keep_best
 
 if TYPE_CHECKING:
     from kvbench.artefact import Calibration
     from kvbench.cache.fork import Edit, Event
+    from kvbench.cache.packed import PackedLayer
     from kvbench.prefill import Reader, Seen, Statistic
 
 
@@ -34,7 +34,7 @@ class Axis(enum.Enum):
     READ = "bytes read per decoding step"
 
 
-class Method(ABC):
+class Method:
     """A frozen dataclass; its fields are the options `method.<field>=` and part of a cell's identity.
 
     The docstring's first line says what it does and names the paper; the rest says what differs from it.
@@ -89,6 +89,6 @@ class Method(ABC):
         """
         raise NotImplementedError
 
-    def select(self, state: Any, query: Float[Tensor, "heads new dim"], plan: LayerPlan) -> Bool[Tensor, "..."]:
+    def select(self, state: Any, query: Float[Tensor, "heads new dim"], packed: PackedLayer) -> Bool[Tensor, ...]:
         """Which context rows each query reads (`selects`): (kv_heads or heads, new, context rows)."""
         raise NotImplementedError

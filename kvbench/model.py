@@ -48,11 +48,13 @@ def load_model(config: ModelConfig) -> Model:
         about = AutoConfig.from_pretrained(path, revision=config.revision)
         check_supported(about)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
-        model = AutoModelForCausalLM.from_pretrained(path, revision=config.revision, dtype=compute, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=config.revision, dtype=compute, use_safetensors=True
+        )
     except OSError as error:
         hint = f"fetch it with `hf download {path}` or set model.path to a local folder"
         raise UsageError(f"the weights of {config.name} are not to be had: {hint}") from error
-    network = Network(model.to(device), dtype)
+    network = Network(model.to(torch.device(device)), dtype)  # type: ignore[arg-type]
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     facts = {

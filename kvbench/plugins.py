@@ -77,8 +77,7 @@ def name_of(plugin: object) -> str:
 
 
 def build_method(name: str, **options: Any) -> Any:
-    """An instance of the method called `name`, its options checked as on the command line: how a wrapper makes its base.
-    """
+    """The method called `name`, its options checked as on the command line: how a wrapper makes its base."""
     from kvbench.config import build_plugin  # which needs this module
 
     return build_plugin("methods", name, options)

@@ -118,9 +118,7 @@ class Recorder:
             key, value = (x[None].to(query.dtype) for x in (self.key, self.value))
         new = query.shape[2]
         mask = causal_lower_right(new, start + new) if start else None
-        out = scaled_dot_product_attention(
-            query, key, value, mask, is_causal=not start, scale=scale, enable_gqa=True
-        )
+        out = scaled_dot_product_attention(query, key, value, mask, is_causal=not start, scale=scale, enable_gqa=True)
         self.last = Observed(self.layer, query[0], self.key, self.value, start, self.total, scale)
         for statistic in self.observed:
             with self.clocks[statistic]:
@@ -182,7 +180,8 @@ class Reader:
         every = torch.arange(len(self.ids), device=self.ids.device)
         layers = []
         for i, x in enumerate(self.recorders):
-            assert x.key is not None and x.value is not None, f"layer {i} has not been run"
+            assert x.key is not None, f"layer {i} has not been run"
+            assert x.value is not None
             layers.append(SeenLayer(x.key, x.value, self._positions.get(i, every)))
         return Seen(
             tuple(layers),

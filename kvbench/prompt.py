@@ -39,23 +39,25 @@ class Writer:
         self.tokenizer = tokenizer
         # SentencePiece tokenizers put a blank before every text they are given; within a prompt there is none.
         self._adds_blank = tokenizer.convert_ids_to_tokens(self._plain(["a"])[0])[0] != "a"
+        # Some tokenizers name a start token but put none before a text (SmolLM2, Qwen).
+        bos = tokenizer.bos_token_id
+        self._plain_head: tuple[int, ...] = (bos,) if bos is not None and bos in tokenizer("")["input_ids"][:1] else ()
+        self.head, self._tail, self._between = self._plain_head, "\n", "\n\n"
         if chat:
-            if not tokenizer.chat_template:
-                raise UsageError("this model's tokenizer has no chat template: set model.chat=false")
-            message = [{"role": "user", "content": _MARK}]
-            text = tokenizer.apply_chat_template(
-                message, tokenize=False, add_generation_prompt=True, **(template_options or {})
-            )
-            if text.count(_MARK) != 1:
-                raise UsageError(
-                    "this model's chat template does not show the user's message once: set model.chat=false"
-                )
-            head, self._tail = text.split(_MARK)
+            head, self._tail = self._render(["user"], template_options or {})
+            self._between = self._render(["user", "assistant", "user"], template_options or {})[2]
             self.head = self._plain([head])[0]  # has the template's own start token, if any
-        else:
-            # Some tokenizers name a start token but put none before a text (SmolLM2, Qwen).
-            bos, self._tail = tokenizer.bos_token_id, "\n"
-            self.head = (bos,) if bos is not None and bos in tokenizer("")["input_ids"][:1] else ()
+
+    def _render(self, roles: Sequence[str], options: dict[str, Any]) -> list[str]:
+        """The template's own text before, between and after the messages of a conversation."""
+        if not self.tokenizer.chat_template:
+            raise UsageError("this model's tokenizer has no chat template: set model.chat=false")
+        messages = [{"role": role, "content": _MARK} for role in roles]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        parts = text.split(_MARK)
+        if len(parts) != len(roles) + 1:
+            raise UsageError("this model's chat template does not show each message once: set model.chat=false")
+        return parts
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of `text` within a prompt: nothing is put around it, no special token and no blank."""
@@ -77,8 +79,18 @@ class Writer:
         """The text of an answer: special tokens (end of turn) are left out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def prompt(self, context: tuple[int, ...], question: str, answer_prefix: str = "") -> Prompt:
-        return Prompt(self.head + context, self.encode(question), self.encode(self._tail + answer_prefix))
+    def prompt(self, context: tuple[int, ...], question: str, answer_prefix: str = "", chat: bool = True) -> Prompt:
+        """The first turn. `chat=False` is plain text that goes on; what is fed last has at least one token."""
+        if chat:
+            return Prompt(self.head + context, self.encode(question), self.encode(self._tail + answer_prefix))
+        context, asked, tail = self._plain_head + context, self.encode(question), self.encode(answer_prefix)
+        if not tail:
+            context, asked, tail = (context, asked[:-1], asked[-1:]) if asked else (context[:-1], (), context[-1:])
+        return Prompt(context, asked, tail)
+
+    def follow_up(self, question: str, answer_prefix: str = "") -> tuple[int, ...]:
+        """What is fed for a later turn, from the end of the answer before it on."""
+        return self.encode(self._between + question) + self.encode(self._tail + answer_prefix)
 
     def overhead(self, question: str, answer_prefix: str = "") -> int:
         """Tokens of the whole prompt that are not the context's own."""

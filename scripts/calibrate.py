@@ -2,8 +2,8 @@
 
     python scripts/calibrate.py model=llama3.1-8b method=vector method.texts='[my_corpus.txt]'
 
-Takes the options of `python -m kvbench.run`; a run does the same on first use. Prints where the artefact is and how well
-it predicts text that was held out of the fit. The default is the default method, vector.
+Takes the options of `python -m kvbench.run`; a run does the same on first use. Prints where the artefact is and how
+well it predicts text that was held out of the fit. The default is the default method, vector.
 """
 
 from __future__ import annotations

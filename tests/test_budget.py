@@ -12,8 +12,18 @@ from kvbench.errors import UsageError
 
 @pytest.mark.parametrize(
     ("text", "normal"),
-    [("0.10", "0.1"), ("1e-1", "0.1"), (0.25, "0.25"), ("1", "1"), ("1.0", "1"), ("64MiB", "67108864B")]
-    + [("0.5MiB", "524288B"), ("0.9r", "0.9r"), ("0.90 r", "0.9r"), ("128tok", "128tok")],
+    [
+        ("0.10", "0.1"),
+        ("1e-1", "0.1"),
+        (0.25, "0.25"),
+        ("1", "1"),
+        ("1.0", "1"),
+        ("64MiB", "67108864B"),
+        ("0.5MiB", "524288B"),
+        ("0.9r", "0.9r"),
+        ("0.90 r", "0.9r"),
+        ("128tok", "128tok"),
+    ],
 )
 def test_equal_budgets_print_alike(text: str | float, normal: str) -> None:
     assert str(Budget.parse(text)) == normal

@@ -175,6 +175,10 @@ def test_budget_1_reproduces_stock_transformers(family: str) -> None:
 
         answer = greedy(network, fork, logits[0, -1], frozenset(), 20)
         expected = stock.generate(
-            ids[None], attention_mask=torch.ones(1, 80, dtype=torch.long), max_new_tokens=20, do_sample=False, eos_token_id=None
+            ids[None],
+            attention_mask=torch.ones(1, 80, dtype=torch.long),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
         )
     assert answer == expected[0, 80:].tolist()

@@ -85,9 +85,7 @@ class ForkLayer:
         every_key, every_value = self._key[:, : self.length], self._value[:, : self.length]
         out = oracle_attention(query, every_key, every_value, scale, mask)
         if method.steps:
-            event = Event(
-                self.index, query, every_key, every_value, self._positions(), self.context, scale, mask
-            )
+            event = Event(self.index, query, every_key, every_value, self._positions(), self.context, scale, mask)
             self.state, edit = method.step(self.state, event)
             if edit is not None:
                 self._edit(edit)

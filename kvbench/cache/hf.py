@@ -123,7 +123,7 @@ class Network:
         """The input embedding table: the model's own weights."""
         return self._body.embed_tokens.weight
 
-    def rope(self, position: Int[Tensor, "..."]) -> tuple[Float[Tensor, "... dim"], Float[Tensor, "... dim"]]:
+    def rope(self, position: Int[Tensor, ...]) -> tuple[Float[Tensor, "... dim"], Float[Tensor, "... dim"]]:
         """(cos, sin) of the rotary embedding, in float32, scaled as the model scales them."""
         cos, sin = self._body.rotary_emb(torch.empty(0, device=self.device), position[None])
         return cos[0], sin[0]

@@ -14,7 +14,7 @@ def index_dtype(count: int) -> torch.dtype:
     return torch.int16 if count <= 2**16 else torch.int32
 
 
-def widen(index: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+def widen(index: Int[Tensor, ...]) -> Int[Tensor, ...]:
     """Stored indices (`index_dtype`) as int64."""
     return index.long() & 0xFFFF if index.dtype == torch.int16 else index.long()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes really held: every distinct storage once, whole. A slice that keeps a large tensor alive pays for it all."""
+    """Bytes really held: every distinct storage once, whole. A slice that keeps a tensor alive pays for all of it."""
     storages = [t.untyped_storage() for t in tensors]
     return sum({s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}.values())
 
@@ -260,7 +260,7 @@ def _merge(old: Slab, new: Slab, device: torch.device) -> Slab:
         old,
         key=_join(old.key, new.key),
         value=_join(old.value, new.value),
-        position=None if old.position is None else torch.cat([old.position, new.position]),
+        position=None if old.position is None or new.position is None else torch.cat([old.position, new.position]),
         log_multiplicity=None
         if multiplicity is None
         else torch.cat([multiplicity, multiplicity.new_zeros(new.layout.rows)]),

@@ -24,7 +24,7 @@ class FromKey(Codec):
 
     weight: Float[Tensor, "kv_heads features dim"]
     bias: Float[Tensor, "kv_heads dim"]
-    rope: Callable[[Int[Tensor, "..."]], tuple[Tensor, Tensor]]
+    rope: Callable[[Int[Tensor, ...]], tuple[Tensor, Tensor]]
     embeddings: Float[Tensor, "vocabulary hidden"] | None = None
     intercept: bool = True
     all_heads: bool = False
@@ -49,7 +49,8 @@ class FromKey(Codec):
 
     def features(self, rows: Rows) -> Float[Tensor, "kv_heads width features"]:
         """x of every row, in float32; zeros in empty places."""
-        assert rows.key is not None and rows.position is not None
+        assert rows.key is not None
+        assert rows.position is not None
         if self.all_heads and not rows.layout.shared:
             raise ValueError("a map over all heads needs tokens that every head holds")
         key = rows.layout.pad(unrotate(rows.key, *self.rope(rows.position)))
@@ -93,7 +94,7 @@ class FromKey(Codec):
 
 
 def token_features(
-    embeddings: Float[Tensor, "vocabulary hidden"], token: Int[Tensor, "..."]
+    embeddings: Float[Tensor, "vocabulary hidden"], token: Int[Tensor, ...]
 ) -> Float[Tensor, "... hidden"]:
     """Input embeddings of tokens, normalised to a root mean square of 1, in float32."""
     x = embeddings[token].float()

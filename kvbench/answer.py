@@ -1,0 +1,192 @@
+"""Asking the questions of one compressed context: forks, turns, answers, and their distance to the full cache's."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvbench.cache.fork import Fork
+from kvbench.cache.packed import CompressedCache
+from kvbench.cell import Cell
+from kvbench.decode import feed, greedy
+from kvbench.errors import UsageError
+from kvbench.measure.clock import Stopwatch
+from kvbench.method import Method
+from kvbench.model import Model
+from kvbench.task import Context, Example
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An example and the tokens fed for it after compression (for a follow-up: after the answer before it)."""
+
+    example: Example
+    fed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is compressed at once, and the turns that use it, each after the one it follows."""
+
+    id: str  # seeds what a method draws
+    ids: tuple[int, ...]
+    turns: tuple[Turn, ...]
+
+    @property
+    def followed(self) -> set[str]:
+        return {turn.example.follows for turn in self.turns if turn.example.follows}
+
+
+def units(context: Context, examples: Sequence[Example], protocol: str, model: Model) -> list[Unit]:
+    """Blind: the context once, for all questions. Aware: with each first question of a conversation.
+
+    Raises UsageError if a conversation is longer than the model reads.
+    """
+    found: dict[str, tuple[tuple[int, ...], list[Turn]]] = {}  # unit id -> what is compressed, its turns
+    unit_of: dict[str, str] = {}  # example id -> unit id
+    ends: dict[str, int] = {}  # example id -> tokens of its conversation so far
+    for example in examples:
+        if example.follows is None:
+            prompt = model.writer.prompt(context.ids, example.question, example.answer_prefix, context.chat)
+            compressed, fed = prompt.split(protocol)
+            unit = unit_of[example.id] = f"{context.id}|{example.id}" if protocol == "aware" else context.id
+            found.setdefault(unit, (compressed, []))
+            before = len(compressed)
+        else:
+            fed = model.writer.follow_up(example.question, example.answer_prefix)
+            unit = unit_of[example.id] = unit_of[example.follows]
+            before = ends[example.follows]
+        found[unit][1].append(Turn(example, fed))
+        ends[example.id] = before + len(fed) + example.max_new_tokens
+        if ends[example.id] > model.network.max_positions:
+            raise UsageError(
+                f"{example.id} needs {ends[example.id]:,} tokens with its answer; {model.config.name} reads "
+                f"{model.network.max_positions:,}: choose a shorter context"
+            )
+    return [Unit(name, compressed, tuple(turns)) for name, (compressed, turns) in found.items()]
+
+
+@dataclass(frozen=True)
+class FullAnswer:
+    """What the full cache does with a question."""
+
+    ids: tuple[int, ...]  # its greedy answer, the end of turn included
+    logprobs: Float[Tensor, "answer vocabulary"]  # teacher-forced on it
+
+
+class _Conversations:
+    """The forks of one cache: a first question starts one, a follow-up continues the one of the turn before it."""
+
+    def __init__(self, model: Model, cache: CompressedCache, method: Method, unit: Unit) -> None:
+        self._model, self._cache, self._method, self._followed = model, cache, method, unit.followed
+        self._after: dict[str, Fork] = {}
+
+    def ask(self, turn: Turn) -> tuple[Fork, Float[Tensor, " vocabulary"]]:
+        """A fork that has read the question, and the logits of the answer's first token."""
+        before = turn.example.follows
+        fork = self._after[before].fork() if before else Fork(self._cache, self._method)
+        fed = torch.tensor([turn.fed], device=self._model.network.device)
+        return fork, feed(self._model.network, [fork], fed, last_only=True)[0, -1]
+
+    def remember(self, example: Example, fork: Fork, answer: Sequence[int]) -> None:
+        """Puts the answer (or what the task has for it) into the history of the turns to come."""
+        if example.id not in self._followed:
+            return
+        said = [token for token in answer if token not in self._model.stop]
+        if example.history is not None:
+            said = list(self._model.writer.encode(example.history))
+        if said:
+            feed(self._model.network, [fork], torch.tensor([said], device=self._model.network.device), last_only=True)
+        self._after[example.id] = fork
+
+
+def ask_full(model: Model, full: CompressedCache, unit: Unit) -> dict[str, FullAnswer]:
+    """The full cache's greedy answers, by example id."""
+    talk = _Conversations(model, full, Method(), unit)
+    found = {}
+    for turn in unit.turns:
+        fork, first = talk.ask(turn)
+        ids = greedy(model.network, fork.fork(), first, model.stop, turn.example.max_new_tokens)
+        found[turn.example.id] = FullAnswer(tuple(ids), _teacher_forced(model, fork, first, ids))
+        talk.remember(turn.example, fork, ids)
+    return found
+
+
+def answers(
+    model: Model,
+    cache: CompressedCache,
+    cell: Cell,
+    unit: Unit,
+    asked: Mapping[str, FullAnswer],
+    done: Collection[str],
+) -> Iterator[tuple[Example, dict[str, Any]]]:
+    """Each example not yet `done` and what the compressed cache makes of it: its part of the record."""
+    talk = _Conversations(model, cache, cell.method, unit)
+    for turn in unit.turns:
+        example = turn.example
+        if example.id in done and example.id not in unit.followed:
+            continue
+        feeding, decoding = Stopwatch(model.network.device), Stopwatch(model.network.device)
+        with feeding:
+            fork, first = talk.ask(turn)
+        record = _fidelity(model, fork, first, example, asked[example.id])
+        record |= {"feed_s": feeding.seconds, "bytes_tail": fork.tail_bytes}
+        ids: Sequence[int] = ()
+        if example.choices:
+            record |= _choose(model, fork, first, cell, example)
+        elif cell.generate and cell.task.generates:
+            with decoding:
+                ids = greedy(model.network, fork.fork(), first, model.stop, example.max_new_tokens)
+            text = model.writer.decode(ids)
+            record |= {"score": cell.task.score(example, text), "answer": text, "tokens_out": len(ids)}
+            record |= {"decode_s": decoding.seconds}
+        talk.remember(example, fork, ids)
+        if example.id not in done:
+            yield example, record
+
+
+def _fidelity(
+    model: Model, fork: Fork, first: Float[Tensor, " vocabulary"], example: Example, full: FullAnswer
+) -> dict[str, Any]:
+    """NLL of the reference text; KL divergence and top-1 agreement to the full cache, along its greedy answer."""
+    target = model.writer.encode(example.target)
+    nll = -_teacher_forced(model, fork, first, target)[range(len(target)), list(target)].mean()
+    mine = _teacher_forced(model, fork, first, full.ids)
+    return {
+        "answer_nll": float(nll),
+        "kl_full": float((full.logprobs.exp() * (full.logprobs - mine)).sum(-1).mean()),
+        "agree_full": float((full.logprobs.argmax(-1) == mine.argmax(-1)).float().mean()),
+        "tokens_target": len(target),
+        "tokens_out_full": len(full.ids),
+    }
+
+
+def _choose(
+    model: Model, fork: Fork, first: Float[Tensor, " vocabulary"], cell: Cell, example: Example
+) -> dict[str, Any]:
+    """The log-probabilities of given continuations, and the score that the task makes of them."""
+    sums, greedy_all = [], []
+    for choice in example.choices:
+        ids = model.writer.encode(choice)
+        logprobs = _teacher_forced(model, fork, first, ids)
+        sums.append(float(logprobs[range(len(ids)), list(ids)].sum()))
+        greedy_all.append(logprobs.argmax(-1).tolist() == list(ids))
+    best = example.choices[max(range(len(sums)), key=sums.__getitem__)]
+    score = cell.task.score_choices(example, sums, greedy_all)
+    return {"score": score, "answer": best, "choice_logprobs": sums, "choice_greedy": greedy_all}
+
+
+def _teacher_forced(
+    model: Model, fork: Fork, first: Float[Tensor, " vocabulary"], ids: Sequence[int]
+) -> Float[Tensor, "ids vocabulary"]:
+    """Log-probabilities, in float32, of each token of a continuation; `first` are the logits of its first token."""
+    logits = first[None]
+    if len(ids) > 1:
+        before = torch.tensor([ids[:-1]], device=first.device)
+        logits = torch.cat([logits, feed(model.network, [fork.fork()], before)[0]])
+    return logits.float().log_softmax(-1)
