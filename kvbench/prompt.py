@@ -42,6 +42,7 @@ class Writer:
         # Some tokenizers name a start token but put none before a text (SmolLM2, Qwen).
         bos = tokenizer.bos_token_id
         self._plain_head: tuple[int, ...] = (bos,) if bos is not None and bos in tokenizer("")["input_ids"][:1] else ()
+        self.head: tuple[int, ...]
         self.head, self._tail, self._between = self._plain_head, "\n", "\n\n"
         if chat:
             head, self._tail = self._render(["user"], template_options or {})
