@@ -1,7 +1,7 @@
 """VECTOR."""
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from kvbench.errors import UsageError
 from kvbench.method import Method
 from kvbench.plan import EXACT, Infeasible, LayerPlan, Plan, Tier, keep_all, shrink
 from kvbench.plugins import build_method
-from kvbench.prefill import Seen, Statistic
+from kvbench.prefill import Seen, SeenLayer, Statistic
 from kvbench.toolbox.routers import paper_counts, paper_route, utility_route
 from kvbench.toolbox.value_maps import Features, Maps, ValueMaps
 
@@ -121,37 +121,44 @@ class Vector(Method):
         x = seen.layers[layer]
         kv_heads, tokens, _ = x.key.shape
         value = x.value.float()
-        norm = value.square().sum(-1)
-        errors = [(self._estimate(seen, layer, tier) - value).square().sum(-1) for tier in tiers]
+        norm, kept, estimated = (
+            v.square().sum(-1)
+            for v in (value, _round_trip(tiers[0], x) - value, self._estimate(seen, x, tiers[1]) - value)
+        )
         scores = self.scorer.scores(seen, layer)
-        together = self.maps is Maps.layer
-        if together:  # one route for all heads
-            norm, scores = norm.sum(0, keepdim=True), scores.mean(0, keepdim=True)
-            errors = [error.sum(0, keepdim=True) for error in errors]
+        if self.maps is Maps.layer:  # one route for all heads
+            norm, kept, estimated = (v.sum(0, keepdim=True) for v in (norm, kept, estimated))
+            scores = scores.mean(0, keepdim=True)
         first, last = shrink(self.scorer.protect, limit // costs[0], tokens)
         at = torch.arange(tokens, device=value.device)
         protected = (at < first) | (at >= tokens - last)
         if self.router is Router.paper:
-            route = paper_route(scores, errors[1], paper_counts(tokens, costs, limit), protected)
+            route = paper_route(scores, estimated, paper_counts(tokens, costs, limit), protected)
         else:
             importance = scores if self.scorer.additive else _positive(scores)
-            retained, approximated = ((1 - error / norm).clamp(0, 1) for error in errors)
-            route = utility_route(importance, approximated, retained, costs, limit, protected)
+            quality = [(1 - error / norm).clamp(0, 1) for error in (estimated, kept)]
+            route = utility_route(importance, *quality, costs, limit, protected)
         return route.expand(kv_heads, -1)
 
-    def _estimate(self, seen: Seen, layer: int, tier: Tier) -> Tensor:
-        """Every value of a layer as `tier` would give it back: (kv_heads, tokens, dim), float32."""
-        x = seen.layers[layer]
-        if tier == EXACT:
-            return x.value.float()
-        layout = Layout((x.key.shape[1],) * x.key.shape[0], shared=True)
-        position = x.position.repeat(x.key.shape[0])
-        rows = Rows(layout, position, seen.token_ids[position])
+    def _estimate(self, seen: Seen, x: SeenLayer, tier: Tier) -> Tensor:
+        """Every value of a layer estimated from its key as the tier would hold it: (kv_heads, tokens, dim), float32."""
+        assert isinstance(tier.value, FromKey)
+        kv_heads = x.key.shape[0]
+        rows = Rows(_all_rows(x), x.position.repeat(kv_heads), seen.token_ids[x.position].repeat(kv_heads))
         key = tier.key.decode(tier.key.encode(x.key.flatten(0, 1), rows, {}), rows, {}, seen.dtype)
-        rows = Rows(layout, position, rows.token, key)
-        flat = x.value.flatten(0, 1)
-        fixed = tier.value.fit(flat, rows)
-        return layout.pad(tier.value.decode(tier.value.encode(flat, rows, fixed), rows, fixed, torch.float32))
+        estimate = tier.value.predict(replace(rows, key=key))
+        return estimate + (x.value - estimate).mean(1, keepdim=True) if self.intercept else estimate
+
+
+def _round_trip(tier: Tier, x: SeenLayer) -> Tensor:
+    """Every value of a layer as a retaining tier gives it back: (kv_heads, tokens, dim), float32."""
+    rows = Rows(_all_rows(x))
+    stored = tier.value.encode(x.value.flatten(0, 1), rows, {})
+    return rows.layout.pad(tier.value.decode(stored, rows, {}, torch.float32))
+
+
+def _all_rows(x: SeenLayer) -> Layout:
+    return Layout((x.key.shape[1],) * x.key.shape[0], shared=True)
 
 
 def _quant(bits: int) -> Quant:

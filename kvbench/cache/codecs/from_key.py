@@ -47,24 +47,43 @@ class FromKey(Codec):
     def group_bytes(self, dim: int, dtype: torch.dtype) -> tuple[int, int]:
         return 0, 0
 
-    def features(self, rows: Rows) -> Float[Tensor, "kv_heads width features"]:
-        """x of every row, in float32; zeros in empty places."""
+    def _keys(self, rows: Rows) -> Float[Tensor, "heads width features"]:
+        """The part of x that comes from keys, in float32: for each KV head, or once for all of them."""
         assert rows.key is not None
         assert rows.position is not None
-        if self.all_heads and not rows.layout.shared:
-            raise ValueError("a map over all heads needs tokens that every head holds")
-        key = rows.layout.pad(unrotate(rows.key, *self.rope(rows.position)))
-        if self.all_heads:
-            key = key.transpose(0, 1).flatten(1).expand(len(key), -1, -1)
-        if self.embeddings is None:
+        layout = rows.layout
+        if layout.shared:  # the same positions in every head
+            key = unrotate(layout.pad(rows.key), *self.rope(rows.position[: layout.width]))
+        else:
+            key = layout.pad(unrotate(rows.key, *self.rope(rows.position)))
+        if not self.all_heads:
             return key
+        if not layout.shared:
+            raise ValueError("a map over all heads needs tokens that every head holds")
+        return key.transpose(0, 1).flatten(1)[None]
+
+    def _tokens(self, rows: Rows) -> Float[Tensor, "heads width hidden"]:
+        """The part of x that comes from tokens, in float32: for each KV head, or once where they hold the same."""
+        assert self.embeddings is not None
         assert rows.token is not None
-        token = token_features(self.embeddings, rows.layout.pad(rows.token[:, None])[..., 0])
-        return torch.cat([key, token], dim=-1)
+        layout = rows.layout
+        token = rows.token[None, : layout.width] if layout.shared else layout.pad(rows.token[:, None])[..., 0]
+        return token_features(self.embeddings, token)
+
+    def _parts(self, rows: Rows) -> list[tuple[Float[Tensor, "heads width some"], Float[Tensor, "kv_heads some dim"]]]:
+        """x in its parts, each with the rows of W that it meets."""
+        key = self._keys(rows)
+        parts = [(key, self.weight[:, : key.shape[-1]].float())]
+        if self.embeddings is not None:
+            parts.append((self._tokens(rows), self.weight[:, key.shape[-1] :].float()))
+        return parts
 
     def predict(self, rows: Rows) -> Float[Tensor, "kv_heads width dim"]:
         """The estimate without the context's intercept, in float32."""
-        return self.features(rows) @ self.weight.float() + self.bias.float()[:, None]
+        value = self.bias.float()[:, None]
+        for x, weight in self._parts(rows):
+            value = value + (_for_all_heads(x[0], weight) if len(x) == 1 else x @ weight)
+        return value
 
     def fit(self, x: Float[Tensor, "rows dim"], rows: Rows) -> Stored:
         if not self.intercept:
@@ -89,8 +108,17 @@ class FromKey(Codec):
     ) -> Float[Tensor, "kv_heads new dim"]:
         """(weights x) W + (sum of weights) b: no value is built."""
         constant = self.bias.float() + self._shift(fixed)
-        mixed = weights @ self.features(rows)
-        return mixed @ self.weight.float() + weights.sum(-1, keepdim=True) * constant[:, None]
+        mixed = weights.sum(-1, keepdim=True) * constant[:, None]
+        for x, weight in self._parts(rows):
+            mixed = mixed + weights @ x @ weight
+        return mixed
+
+
+def _for_all_heads(
+    x: Float[Tensor, "width some"], weight: Float[Tensor, "kv_heads some dim"]
+) -> Float[Tensor, "kv_heads width dim"]:
+    """x @ weight[g] for every KV head g, as one product."""
+    return (x @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1)).transpose(0, 1)
 
 
 def token_features(
