@@ -82,10 +82,12 @@ AttentionInterface.register(ATTENTION, _tiers)
 def check_supported(config: PretrainedConfig) -> None:
     """Raises UsageError for models whose attention is not plain causal attention with rotary positions."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     reasons = {
         f"the family '{config.model_type}'": config.model_type not in FAMILIES,
         "a sliding window": getattr(config, "sliding_window", None) is not None,
         ", ".join(sorted(kinds - {"full_attention"})): kinds != {"full_attention"},
+        f"'{rope}' rotary positions, which change with the length read": rope in ("dynamic", "longrope"),
         "softcapped logits": getattr(config, "attn_logit_softcapping", None) is not None,
     }
     for reason, refused in reasons.items():
