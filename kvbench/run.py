@@ -41,6 +41,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from kvbench import plugins
 from kvbench.budget import Budget
 from kvbench.config import Node, Protocol, RunConfig, convert, register
 from kvbench.errors import UsageError
@@ -79,7 +80,7 @@ def _main(argv: list[str], action: Callable[[Node], None]) -> int:
     # Names and budgets are checked before Hydra imports the plugins, and torch with them.
     chosen = check(arguments.overrides, sweep=arguments.multirun)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what is wrong, for `main` to tell; Hydra's own report is many lines
-    if not arguments.config_name and runs_local_models(chosen):
+    if not arguments.config_name and runs_local_models(chosen) and reads_local_data(chosen):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which reads it once
 
     code = 0
@@ -163,6 +164,26 @@ def runs_local_models(chosen: dict[str, list[Any]]) -> bool:
         files: Any = {name: OmegaConf.load(file) for name, file in choices("models").items() if name in names}
         paths = [file.get("path") for file in files.values()]
     return all(str(path).startswith("embedded:") or Path(str(path)).exists() for path in paths)
+
+
+def reads_local_data(chosen: dict[str, list[Any]]) -> bool:
+    """Are the data of all tasks of this run on this machine, by nature or because `task.data` says so?"""
+    data = [str(value) for value in chosen.get("task.data", [])]
+    if data and not any(value.startswith("hub:") for value in data):
+        return True
+    names = filter(None, map(_plugin_of, chosen.get("task", [])))
+    tasks: list[Any] = [plugins.load("tasks", name) for name in names]
+    return not any(task.hub for task in tasks)
+
+
+def _plugin_of(task: Any) -> str:
+    """The task that a name stands for, itself or a preset of it; empty if a preset's file does not say."""
+    file = choices("tasks")[str(task)]
+    if file.suffix == ".py":
+        return str(task)
+    settings: Any = OmegaConf.load(file)
+    bases = [base for base in settings.get("defaults", []) if base in plugins.files("tasks")]
+    return bases[0] if bases else ""
 
 
 def one_line(error: Exception) -> str:

@@ -192,6 +192,37 @@ def test_local_models_keep_the_hub_out(
     assert ("HF_HUB_OFFLINE" in os.environ) is offline
 
 
+@pytest.mark.parametrize(
+    ("overrides", "offline"),
+    [
+        (["task=niah"], True),
+        (["task=niah_multikey"], True),
+        (["task=library"], False),
+        (["task=library_short"], False),
+        (["-m", "task=niah,library"], False),
+        (["task=library", "task.data=books.jsonl"], True),
+        (["task=library", "'task.data=\"hub:me/books@1\"'"], False),
+    ],
+)
+def test_a_task_that_reads_the_hub_is_let_there(
+    plugin_folder: Path,
+    ran: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    offline: bool,
+) -> None:
+    task = TASK.replace("Gallery", "Library").replace("context: int = 16", 'hub = True\n    data: str = "hub:a/b@1"')
+    (plugin_folder / "tasks" / "library.py").write_text(task)
+    (plugin_folder / "conf" / "task").mkdir()
+    (plugin_folder / "conf" / "task" / "library_short.yaml").write_text("# Short\ndefaults: [library]\n")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    try:
+        assert main([PLAY[0], *(word.strip("'") for word in overrides)]) == 0
+    finally:
+        sys.modules.pop("kvbench.tasks.library", None)
+    assert ("HF_HUB_OFFLINE" in os.environ) is offline
+
+
 def test_what_the_repository_offers_composes(cell: Callable[..., Cell]) -> None:
     for group in ("method", "task", "model"):
         for name in choices(f"{group}s"):
