@@ -6,8 +6,10 @@ whether its cell is alone or in company.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 
 from kvbench import tracker
-from kvbench.answer import Unit, answers, ask_full, units
+from kvbench.answer import FullAnswer, Unit, answers, ask_full, units
 from kvbench.artefact import Artefact, load_or_fit
 from kvbench.budget import Allowance
 from kvbench.cache.packed import CompressedCache
@@ -37,19 +39,22 @@ def run_cells(
 ) -> None:
     """Brings the cells' records up to `limit` examples (None: all the task has) and prints a summary.
 
-    Raises UsageError for what can't be run; nothing is written then.
+    A cell alone raises UsageError for what can't be run, and nothing is written. In company it is marked (`infeasible`
+    with the smallest plan's bytes, or `failed` with the reason), told on stderr, and the others go on.
     """
     missing = [cell for cell in cells if redo or not is_done(cell, results, limit)]
     if missing:
         model = load_model(missing[0].model)
         with torch.inference_mode(), ExitStack() as stack:
-            runs = [_Run(cell, model, results, limit, redo, stack) for cell in missing]
+            runs = [_Run(cell, model, results, limit, redo, stack, alone=len(cells) == 1) for cell in missing]
             exhausted = _evaluate(runs, model, limit)
             for run in runs:
-                run.open().finish(exhausted)
-        for cell in missing:
-            tracker_mode = tracker.mirror(cell.folder(results), results, tracker_mode, tracker_project)
-    print_summary([cell.folder(results) for cell in cells], new=len(missing))
+                if not run.failed:
+                    run.open().finish(exhausted)
+        for run in runs:
+            if not run.failed:
+                tracker_mode = tracker.mirror(run.cell.folder(results), results, tracker_mode, tracker_project)
+    print_summary([folder for cell in cells if (folder := cell.folder(results)).exists()], new=len(missing))
 
 
 @dataclass
@@ -62,7 +67,9 @@ class _Run:
     limit: int | None
     redo: bool
     stack: ExitStack
+    alone: bool
     store: CellStore | None = None
+    failed: bool = False
     artefact: Artefact | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +94,18 @@ class _Run:
             self.store = self.stack.enter_context(opened)
         return self.store
 
+    def fail(self, error: Exception) -> None:
+        """Takes the cell out of the run and says why, here and in its header; alone, the error is the user's to see."""
+        if self.alone:
+            raise error
+        self.failed = True
+        reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+        print(f"kvbench: {self.cell.label} at budget={self.cell.budget}: {reason}", file=sys.stderr)
+        if not isinstance(error, UsageError):
+            traceback.print_exception(error)
+        with suppress(UsageError):  # a folder that can't be written to, or is another process's, stays as it is
+            self.open().fail(reason, "infeasible" if isinstance(error, Infeasible) else "failed")
+
     def compress(self, seen: Seen) -> tuple[CompressedCache, dict[str, Any]]:
         """The compressed context, and what a record says of it. Raises Infeasible."""
         full = self.full_bytes * len(seen.token_ids)
@@ -97,7 +116,8 @@ class _Run:
                 plan = self.method.plan(replace(seen, artefact=self.artefact), allowance)
                 cache = CompressedCache.pack(plan, seen)
         except Infeasible as error:
-            raise UsageError(_too_small(self.cell, error, full)) from error
+            error.explain(self.cell.label, self.cell.budget, full)
+            raise
         self._check(cache, allowance)
         rows = plan_rows(plan)
         return cache, {
@@ -119,14 +139,6 @@ class _Run:
             raise RuntimeError(f"{self.cell.label} holds {cache.nbytes} bytes, its budget is {allowance.limit}")
 
 
-def _too_small(cell: Cell, error: Infeasible, full: int) -> str:
-    share = error.smallest / full
-    return (
-        f"budget={cell.budget} is below the smallest plan of {cell.label}: {error.smallest:,} bytes "
-        f"(budget={share:.4f}) for this context of {full:,}; the budget allows {error.limit:,}"
-    )
-
-
 def _evaluate(runs: Sequence[_Run], model: Model, limit: int | None) -> bool:
     """Runs every example that some cell lacks. Returns whether the task had no more of them."""
     cell = runs[0].cell
@@ -138,11 +150,17 @@ def _evaluate(runs: Sequence[_Run], model: Model, limit: int | None) -> bool:
                 return False
             examples = context.examples if limit is None else context.examples[: limit - done]
             for unit in units(context, examples, cell.protocol, model):
-                lacking = [run for run in runs if any(turn.example.id not in _ids(run) for turn in unit.turns)]
+                lacking = [
+                    run
+                    for run in runs
+                    if not run.failed and any(turn.example.id not in _ids(run) for turn in unit.turns)
+                ]
                 if lacking:
                     _evaluate_unit(lacking, model, context, unit)
                 bar.advance(job, len(unit.turns))
             done += len(examples)
+            if len(examples) < len(context.examples):
+                return False  # cut within a context, which may be the last one
     return True
 
 
@@ -164,16 +182,31 @@ def _evaluate_unit(runs: Sequence[_Run], model: Model, context: Context, unit: U
     prefill = watch.seconds - sum(seen.seconds.values())
     asked = ask_full(model, CompressedCache.pack(keep_all(seen), seen), unit)
     for run in runs:
-        own, seconds = seen, prefill
-        if run.method.own_prefill:
-            watch = Stopwatch(network.device)
-            with watch:
-                own = run.method.read(Reader(network, tokens, run.method.needs, unit.id))
-            seconds = watch.seconds - sum(own.seconds.values())
-        cache, facts = run.compress(own)
-        store = run.open()
-        for example, answered in answers(model, cache, run.cell, unit, asked, store.done):
-            feed_s = answered.pop("feed_s")
-            ids = {"id": example.id, "context_id": context.id, "cluster_id": context.cluster_id}
-            times = {"prefill_s": seconds, "ttft_s": seconds + facts["compress_s"] + feed_s}
-            store.append(ids | answered | facts | times | {"info": example.info})
+        try:
+            _evaluate_cell(run, model, context, unit, seen, prefill, asked)
+        except Exception as error:
+            run.fail(error)
+
+
+def _evaluate_cell(
+    run: _Run,
+    model: Model,
+    context: Context,
+    unit: Unit,
+    seen: Seen,
+    prefill: float,
+    asked: Mapping[str, FullAnswer],
+) -> None:
+    """One cell's part of a unit: compress, ask, append the records."""
+    if run.method.own_prefill:
+        watch = Stopwatch(model.network.device)
+        with watch:
+            seen = run.method.read(Reader(model.network, seen.token_ids, run.method.needs, unit.id))
+        prefill = watch.seconds - sum(seen.seconds.values())
+    cache, facts = run.compress(seen)
+    store = run.open()
+    for example, answered in answers(model, cache, run.cell, unit, asked, store.done):
+        feed_s = answered.pop("feed_s")
+        ids = {"id": example.id, "context_id": context.id, "cluster_id": context.cluster_id}
+        times = {"prefill_s": prefill, "ttft_s": prefill + facts["compress_s"] + feed_s}
+        store.append(ids | answered | facts | times | {"info": example.info})

@@ -6,6 +6,7 @@ token) to a tier, or to nothing. Methods make plans; `kvbench.cache.packed` turn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,14 @@ class Infeasible(UsageError):
     def __init__(self, smallest: int, limit: int) -> None:
         super().__init__(f"the smallest plan needs {smallest:,} bytes, the budget allows {limit:,}")
         self.smallest, self.limit = smallest, limit
+
+    def explain(self, method: str, budget: object, full: int) -> None:
+        """Says it in the user's words; `full` is what the full cache of the context holds."""
+        share = math.ceil(1e4 * self.smallest / full) / 1e4
+        self.args = (
+            f"budget={budget} ({self.limit:,} bytes here) is below the smallest plan of {method}: "
+            f"{self.smallest:,} bytes, budget={share:g}",
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Tier:
         return self.key.shared + self.value.shared
 
     def row_bytes(self, dim: int, dtype: torch.dtype) -> tuple[int, int]:
-        """(payload, metadata) bytes of one token in one KV head, its position left out; per whole group if grouped."""
+        """(payload, metadata) bytes of one group of tokens in one KV head, their positions left out."""
         key, value = self.key.group_bytes(dim, dtype), self.value.group_bytes(dim, dtype)
         keys, values = self.group // self.key.group, self.group // self.value.group
         return key[0] * keys + value[0] * values, key[1] * keys + value[1] * values
@@ -195,15 +204,14 @@ def keep_best(
 
 
 def uniform_rows(seen: Seen, budget: Allowance, tier: Tier) -> int:
-    """How many tokens per layer and KV head the allowance holds in `tier`. Raises Infeasible below one."""
+    """How many tokens per layer and KV head the allowance holds in `tier`: whole groups. Raises Infeasible below one."""
     payload, metadata = tier.row_bytes(seen.dim, seen.dtype)
     if tier.needs_position:
-        metadata += index_dtype(seen.next_position).itemsize
-    rows = sum(x.key.shape[0] for x in seen.layers)
-    row = budget.charged(payload, metadata) * rows
-    if budget.limit < row:
-        raise Infeasible(row, budget.limit)
-    return budget.limit // row
+        metadata += index_dtype(seen.next_position).itemsize * tier.group
+    group = budget.charged(payload, metadata) * sum(x.key.shape[0] for x in seen.layers)
+    if budget.limit < group:
+        raise Infeasible(group, budget.limit)
+    return budget.limit // group * tier.group
 
 
 def plan_rows(plan: Plan) -> dict[str, float]:
