@@ -10,24 +10,22 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kvbench import tracker
 from kvbench.answer import FullAnswer, Unit, answers, ask_full, units
-from kvbench.artefact import Artefact, load_or_fit
-from kvbench.budget import Allowance
 from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell
+from kvbench.compress import Compressor
 from kvbench.errors import UsageError
 from kvbench.measure.clock import Stopwatch
 from kvbench.measure.progress import progress
-from kvbench.method import Axis, Method
+from kvbench.method import Method
 from kvbench.model import Model, load_model
-from kvbench.plan import Infeasible, keep_all, plan_rows
+from kvbench.plan import Infeasible, keep_all
 from kvbench.prefill import Reader, Seen, read_exactly
 from kvbench.report.summary import print_summary
 from kvbench.store import CellStore, is_done
@@ -70,12 +68,10 @@ class _Run:
     alone: bool
     store: CellStore | None = None
     failed: bool = False
-    artefact: Artefact | None = field(init=False)
+    compressor: Compressor = field(init=False)
 
     def __post_init__(self) -> None:
-        calibration = self.method.calibration
-        self.artefact = load_or_fit(calibration, self.model) if calibration else None
-        self.full_bytes = self.model.network.row_bytes()
+        self.compressor = Compressor(self.cell, self.model)
 
     @property
     def method(self) -> Method:
@@ -86,7 +82,7 @@ class _Run:
             about = {
                 "model": {k: v for k, v in self.model.facts.items() if k not in ("device", "torch_threads")},
                 "data": self.cell.task.data_hash(),
-                "artefact": self.artefact.digest if self.artefact else None,
+                "artefact": artefact.digest if (artefact := self.compressor.artefact) else None,
                 "storage": "decoded",  # rows are kept decoded between steps; bytes are those of the packed store
                 "hardware": {k: self.model.facts[k] for k in ("device", "torch_threads")},
             }
@@ -105,38 +101,6 @@ class _Run:
             traceback.print_exception(error)
         with suppress(UsageError):  # a folder that can't be written to, or is another process's, stays as it is
             self.open().fail(reason, "infeasible" if isinstance(error, Infeasible) else "failed")
-
-    def compress(self, seen: Seen) -> tuple[CompressedCache, dict[str, Any]]:
-        """The compressed context, and what a record says of it. Raises Infeasible."""
-        full = self.full_bytes * len(seen.token_ids)
-        allowance = self.cell.budget.allow(full, len(seen.token_ids))
-        watch = Stopwatch(self.model.network.device)
-        try:
-            with watch:
-                plan = self.method.plan(replace(seen, artefact=self.artefact), allowance)
-                cache = CompressedCache.pack(plan, seen)
-        except Infeasible as error:
-            error.explain(self.cell.label, self.cell.budget, full)
-            raise
-        self._check(cache, allowance)
-        rows = plan_rows(plan)
-        return cache, {
-            "bytes_held": cache.nbytes,
-            "bytes_full": full,
-            "bytes_budget": allowance.limit,
-            "bytes_payload": cache.planned.payload,
-            "bytes_metadata": cache.planned.metadata,
-            "bytes_shared": cache.shared_bytes,
-            "tokens_context": len(seen.token_ids),
-            "tokens_kept": sum(rows.values()),
-            "tiers": rows,
-            "compress_s": watch.seconds + sum(seen.seconds[need] for need in self.method.needs),
-        }
-
-    def _check(self, cache: CompressedCache, allowance: Allowance) -> None:
-        bounded = self.method.budgeted and self.method.axis is Axis.HELD and not allowance.nominal
-        if bounded and cache.nbytes > allowance.limit:
-            raise RuntimeError(f"{self.cell.label} holds {cache.nbytes} bytes, its budget is {allowance.limit}")
 
 
 def _evaluate(runs: Sequence[_Run], model: Model, limit: int | None) -> bool:
@@ -203,7 +167,7 @@ def _evaluate_cell(
         with watch:
             seen = run.method.read(Reader(model.network, seen.token_ids, run.method.needs, unit.id))
         prefill = watch.seconds - sum(seen.seconds.values())
-    cache, facts = run.compress(seen)
+    cache, facts = run.compressor.compress(seen)
     store = run.open()
     for example, answered in answers(model, cache, run.cell, unit, asked, store.done):
         feed_s = answered.pop("feed_s")

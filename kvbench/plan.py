@@ -204,7 +204,7 @@ def keep_best(
 
 
 def uniform_rows(seen: Seen, budget: Allowance, tier: Tier) -> int:
-    """How many tokens per layer and KV head the allowance holds in `tier`: whole groups. Raises Infeasible below one."""
+    """Tokens per layer and KV head that the allowance holds in `tier`: whole groups. Raises Infeasible below one."""
     payload, metadata = tier.row_bytes(seen.dim, seen.dtype)
     if tier.needs_position:
         metadata += index_dtype(seen.next_position).itemsize * tier.group

@@ -1,7 +1,7 @@
 """Measure one KV-cache compression method, or a sweep of them.
 
   python -m kvbench.run method=snapkv budget=0.1 task=niah task.context=2048
-  python -m kvbench.run -m method=full,snapkv,vector budget=0.05,0.1,0.25    every combination
+  python -m kvbench.run -m method=full,snapkv,vector budget=0.05,0.1,0.25    every combination, each context read once
   python -m kvbench.run method=vector --cfg job                              every option, with its value; runs nothing
 
 Options are given as name=value:
@@ -25,6 +25,7 @@ $KVBENCH_PLUGINS: a folder with methods/, tasks/ and conf/ of your own.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -43,18 +44,19 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from kvbench import plugins
 from kvbench.budget import Budget
-from kvbench.config import Node, Protocol, RunConfig, convert, register
+from kvbench.config import Node, Protocol, Run, RunConfig, convert, register
 from kvbench.errors import UsageError
 from kvbench.list import choices, conf_folder, listing, user_conf_folder
 from kvbench.plugins import known
 
 BAD_INPUT = (UsageError, HydraException, OmegaConfBaseException)
+Action = Callable[[Sequence[Node], Callable[[Exception], None]], None]
 
 
-def main(argv: Sequence[str] | None = None, action: Callable[[Node], None] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, action: Action | None = None) -> int:
     """Runs the command line `argv`; returns the exit code. Bad input is one line on stderr and 2.
 
-    `action` takes each job's composed configuration; without it the job's cell is run.
+    `action` takes the jobs' composed configurations, and whom to tell of bad ones; without it the jobs' cells are run.
     """
     try:
         return _main(list(sys.argv[1:] if argv is None else argv), action or start)
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Node], None] | Non
         return 130
 
 
-def _main(argv: list[str], action: Callable[[Node], None]) -> int:
+def _main(argv: list[str], action: Action) -> int:
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     arguments = parser.parse_intermixed_args(argv)
@@ -85,16 +87,13 @@ def _main(argv: list[str], action: Callable[[Node], None]) -> int:
 
     code = 0
 
-    def job(config: Node) -> None:
+    def tell(error: Exception) -> None:
         nonlocal code
-        try:
-            action(config)
-        except BAD_INPUT as error:  # told here, so that a sweep goes on
-            from kvbench.plan import Infeasible  # imports torch, as the method just did
+        print(f"kvbench: {one_line(error)}", file=sys.stderr)
+        code = 2
 
-            print(f"kvbench: {one_line(error)}", file=sys.stderr)
-            if not (arguments.multirun and isinstance(error, Infeasible)):  # which is a result, in a sweep
-                code = 2
+    def job(*configs: Node) -> None:  # several from a launcher that shares prefills
+        action(configs, tell)
 
     register()
     run = hydra.main(config_path=str(conf_folder().absolute()), config_name="config", version_base="1.3")(job)
@@ -109,12 +108,37 @@ def _main(argv: list[str], action: Callable[[Node], None]) -> int:
     return code
 
 
-def start(config: Node) -> None:
-    """One job: the composed configuration becomes a cell, and the cell is run."""
-    run = convert(config)
-    from kvbench.evaluate import run_cells  # imports torch
+def start(configs: Sequence[Node], tell: Callable[[Exception], None]) -> None:
+    """Turns composed configurations into cells, and runs them in groups that share every prefill.
 
-    run_cells([run.cell], run.results, run.limit, run.redo, run.tracker_mode, run.tracker_project)
+    What is wrong with one of them is told, and the others go on.
+    """
+    runs = []
+    for config in configs:
+        try:
+            runs.append(convert(config))
+        except BAD_INPUT as error:
+            tell(error)
+    from kvbench.evaluate import run_cells  # imports torch, as the methods did
+
+    for group in shared_prefills(runs):
+        first = group[0]
+        cells = [run.cell for run in group]
+        try:
+            run_cells(cells, first.results, first.limit, first.redo, first.tracker_mode, first.tracker_project)
+        except BAD_INPUT as error:
+            tell(error)
+
+
+def shared_prefills(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ only in method and budget, together; the same cell once."""
+    groups: dict[str, dict[str, Run]] = {}
+    for run in runs:
+        settings = {f.name: str(getattr(run, f.name)) for f in fields(run) if f.name != "cell"}
+        same = {k: v for k, v in run.cell.identity().items() if k not in ("method", "budget")}
+        key = json.dumps([same, run.cell.model.device, settings], sort_keys=True)
+        groups.setdefault(key, {}).setdefault(run.cell.digest, run)
+    return [list(group.values()) for group in groups.values()]
 
 
 def check(overrides: list[str], sweep: bool) -> dict[str, list[Any]]:

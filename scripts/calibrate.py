@@ -9,27 +9,29 @@ well it predicts text that was held out of the fit. The default is the default m
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
 from kvbench.run import main
 
 
-def calibrate(config: Any) -> None:
+def calibrate(configs: Sequence[Any], tell: Callable[[Exception], None]) -> None:
     from kvbench.artefact import load_or_fit, location
     from kvbench.config import convert
     from kvbench.model import load_model
 
-    cell = convert(config).cell
-    calibration = cell.method.calibration
-    if calibration is None:
-        print(f"{cell.label} needs no calibration")
-        return
-    model = load_model(cell.model)
-    artefact = load_or_fit(calibration, model)
-    print(location(calibration, model))
-    for variant, layers in artefact.header["held_out_r2"].items():
-        print(f"{variant:18} held-out R2 {fmean(fmean(heads) for heads in layers):.3f}, mean over layers and KV heads")
+    for config in configs:
+        cell = convert(config).cell
+        calibration = cell.method.calibration
+        if calibration is None:
+            print(f"{cell.label} needs no calibration")
+            continue
+        model = load_model(cell.model)
+        artefact = load_or_fit(calibration, model)
+        print(location(calibration, model))
+        for variant, layers in artefact.header["held_out_r2"].items():
+            print(f"{variant:18} held-out R2 {fmean(map(fmean, layers)):.3f}, mean over layers and KV heads")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""kvbench's launchers, where Hydra looks for them."""
