@@ -230,10 +230,13 @@ def wordlist(kind: str) -> list[str]:
     return sorted(set(text.split("\n")) - {""})
 
 
-def word_pairs(draw: random.Random) -> Iterator[str]:
-    """Endless `adjective-noun`, in random order."""
+def word_pairs(draw: random.Random, seen: set[str]) -> Iterator[str]:
+    """Different `adjective-noun`, in random order, that are not in `seen`."""
     while True:
-        yield _key(draw.randrange(len(wordlist("adjective")) * len(wordlist("noun"))))
+        pair = _key(draw.randrange(len(wordlist("adjective")) * len(wordlist("noun"))))
+        if pair not in seen:
+            seen.add(pair)
+            yield pair
 
 
 def _key(pair: int) -> str:
