@@ -24,7 +24,6 @@ _CHAINS = "Memorize and track the chains of variable assignment hidden in the fo
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _SHOTS = "Each phrase has a label that depends on its last word. Learn the labels from these examples.\n\n"
 _HOPS = 4
-_LONG = 200  # characters
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _CAPITALS = _LETTERS.upper()
 _SIZES, _COLOURS = (
@@ -107,26 +106,6 @@ def after_another(draft: Draft) -> Draft:
         return ["\n\n" + pieces[0], *pieces[1:]], depths
 
     return replace(draft, lay=lay)
-
-
-def same_documents(texts: Sequence[str]) -> list[int]:
-    """For each text, the first one that is of the same document: that it shares a long line with, or by way of others.
-
-    So two selections of one article's paragraphs are one cluster; lines of noise or of random strings are short.
-    """
-    first = list(range(len(texts)))
-
-    def root(i: int) -> int:
-        while first[i] != i:
-            i = first[i]
-        return i
-
-    seen: dict[str, int] = {}
-    for i, text in enumerate(texts):
-        for line in {line for line in text.split("\n") if len(line) >= _LONG}:
-            a, b = sorted((root(i), root(seen.setdefault(line, i))))
-            first[b] = a
-    return [root(i) for i in range(len(texts))]
 
 
 def key_values(draw: random.Random, questions: int, short: bool = False) -> Draft:
