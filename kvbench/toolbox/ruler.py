@@ -436,18 +436,28 @@ def _qa(name: str, context: int, writer: Writer, seed: int) -> Iterator[Context]
     """Questions in random order, all of them before one comes again."""
     questions = _squad() if name == "qa_1" else _hotpotqa()
     intro = len(writer.encode(_QA.intro))
-    number, least = 0, math.inf
+    number = 0
     for again in itertools.count():
         for question in random.Random(f"{name}-{seed}-{again}").sample(questions, len(questions)):
             room = context - writer.overhead(_QA.question.format(query=question.text), _QA.prefix)
             gold = intro + sum(_length(writer, _document(i, text)) for i, text in enumerate(question.gold, 1))
             if gold > room:  # its own paragraphs are too long
-                least = min(least, context + gold - room)
+                if context < (least := _qa_least(name, writer)):
+                    raise _too_short(name, context, least)
             elif found := _ask(question, f"{name}-{seed}-{number:05d}", context, room, writer):
                 number += 1
                 yield found
-        if not number:
-            raise _too_short(name, context, int(least))
+
+
+@functools.lru_cache(maxsize=4)
+def _qa_least(name: str, writer: Writer) -> int:
+    """Tokens of the shortest prompt with a question's own paragraphs alone."""
+    questions = _squad() if name == "qa_1" else _hotpotqa()
+    asked = writer.encode_all([_QA.question.format(query=question.text) for question in questions])
+    read = writer.encode_all(
+        [_QA.intro + "".join(itertools.starmap(_document, enumerate(q.gold, 1))) for q in questions]
+    )
+    return writer.overhead("", _QA.prefix) + min(len(a) + len(b) for a, b in zip(asked, read, strict=True))
 
 
 def _ask(question: _Question, name: str, context: int, room: int, writer: Writer) -> Context | None:
