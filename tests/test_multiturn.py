@@ -1,4 +1,4 @@
-"""Sessions, `kv` too: contexts that are full, questions that have one answer, conversations in order, SCBench's rows."""
+"""Sessions, and kv: full contexts, questions with one answer, conversations in order, rows of SCBench's format."""
 
 import json
 import re
