@@ -33,18 +33,24 @@ from kvbench.task import Context
 
 
 def run_cells(
-    cells: Sequence[Cell], results: Path, limit: int | None, redo: bool, tracker_mode: str, tracker_project: str
+    cells: Sequence[Cell],
+    results: Path,
+    limit: int | None,
+    redo: bool,
+    tracker_mode: str,
+    tracker_project: str,
+    alone: bool = True,
 ) -> None:
     """Brings the cells' records up to `limit` examples (None: all the task has) and prints a summary.
 
-    A cell alone raises UsageError for what can't be run, and nothing is written. In company it is marked (`infeasible`
-    with the smallest plan's bytes, or `failed` with the reason), told on stderr, and the others go on.
+    What can't be run raises UsageError and nothing is written, if the cell is `alone`. In a sweep it is marked
+    (`infeasible` with the smallest plan's bytes, or `failed` with the reason), told on stderr, and the others go on.
     """
     missing = [cell for cell in cells if redo or not is_done(cell, results, limit)]
     if missing:
         model = load_model(missing[0].model)
         with torch.inference_mode(), ExitStack() as stack:
-            runs = [_Run(cell, model, results, limit, redo, stack, alone=len(cells) == 1) for cell in missing]
+            runs = [_Run(cell, model, results, limit, redo, stack, alone) for cell in missing]
             exhausted = _evaluate(runs, model, limit)
             for run in runs:
                 if not run.failed:
@@ -95,10 +101,11 @@ class _Run:
         if self.alone:
             raise error
         self.failed = True
-        reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
-        print(f"kvbench: {self.cell.label} at budget={self.cell.budget}: {reason}", file=sys.stderr)
-        if not isinstance(error, UsageError):
+        reason = str(error)
+        if not isinstance(error, UsageError):  # a defect, or no memory
             traceback.print_exception(error)
+            reason = f"{self.cell.label} at budget={self.cell.budget}: {type(error).__name__}: {error}"
+        print(f"kvbench: {reason}", file=sys.stderr)
         with suppress(UsageError):  # a folder that can't be written to, or is another process's, stays as it is
             self.open().fail(reason, "infeasible" if isinstance(error, Infeasible) else "failed")
 

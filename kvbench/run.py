@@ -125,7 +125,15 @@ def start(configs: Sequence[Node], tell: Callable[[Exception], None]) -> None:
         first = group[0]
         cells = [run.cell for run in group]
         try:
-            run_cells(cells, first.results, first.limit, first.redo, first.tracker_mode, first.tracker_project)
+            run_cells(
+                cells,
+                first.results,
+                first.limit,
+                first.redo,
+                first.tracker_mode,
+                first.tracker_project,
+                alone=len(configs) == 1,
+            )
         except BAD_INPUT as error:
             tell(error)
 

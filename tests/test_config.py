@@ -97,7 +97,7 @@ def ran(plugin_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """The arguments of each call of `run_cells`, which does nothing here. The working folder is empty."""
     calls: list[tuple[Any, ...]] = []
     fake = types.ModuleType("kvbench.evaluate")
-    monkeypatch.setattr(fake, "run_cells", lambda *arguments: calls.append(arguments), raising=False)
+    monkeypatch.setattr(fake, "run_cells", lambda *arguments, alone: calls.append(arguments), raising=False)
     monkeypatch.setitem(sys.modules, "kvbench.evaluate", fake)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets both: undone after the test
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -483,3 +483,21 @@ def test_other_weights_do_not_continue_a_cell(tiny: Model, tmp_path: Path, monke
     with pytest.raises(UsageError, match="begun with another model"):
         run(cell(), tmp_path)
     assert len(records(cell(), tmp_path)) == 2
+
+
+def test_in_a_sweep_what_cant_be_run_is_marked_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    company = [cell("snapkv", "1B"), cell("random", "0.4"), cell("streamingllm", "0.4")]
+    broken = type(company[1].method)
+
+    def out_of_memory(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(broken, "scores", out_of_memory)
+    evaluate.run_cells(company, tmp_path, None, False, "disabled", "kvbench", alone=False)
+    headers = [read_cell(c.folder(tmp_path))[0] for c in company]
+    assert [header["status"] for header in headers] == ["infeasible", "failed", "done"]
+    assert "smallest plan of snapkv" in headers[0]["reason"]
+    assert "random at budget=0.4: MemoryError: no room" in headers[1]["reason"]
+    assert "kvbench: budget=1B" in capsys.readouterr().err
