@@ -435,11 +435,11 @@ def _paragraphs(question: _Question, name: str, draw: random.Random) -> Iterator
 def _qa(name: str, context: int, writer: Writer, seed: int) -> Iterator[Context]:
     """Questions in random order, all of them before one comes again."""
     questions = _squad() if name == "qa_1" else _hotpotqa()
-    intro = len(writer.encode(_QA.intro))
+    intro, frame = len(writer.encode(_QA.intro)), writer.overhead("", _QA.prefix)
     number = 0
     for again in itertools.count():
         for question in random.Random(f"{name}-{seed}-{again}").sample(questions, len(questions)):
-            room = context - writer.overhead(_QA.question.format(query=question.text), _QA.prefix)
+            room = context - frame - _length(writer, _QA.question.format(query=question.text))
             gold = intro + sum(_length(writer, _document(i, text)) for i, text in enumerate(question.gold, 1))
             if gold > room:  # its own paragraphs are too long
                 if context < (least := _qa_least(name, writer)):
