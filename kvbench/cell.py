@@ -82,9 +82,9 @@ class Cell:
         """Everything a record depends on, but hardware, limit, results folder, tracker and launcher."""
         return {
             "model": self.model.identity(),
-            "method": {"name": plugins.name_of(self.method)} | options(self.method),
+            "method": _described(self.method),
             "budget": str(self.budget) if self.method.budgeted else "1",
-            "task": {"name": plugins.name_of(self.task)} | options(self.task),
+            "task": _described(self.task),
             "protocol": self.protocol,
             "seed": self.seed,
             "generate": self.generate,
@@ -105,6 +105,12 @@ class Cell:
         identity = self.identity()
         leaf = f"{identity['method']['name']}-{identity['budget']}-{self.digest}"
         return results / slug(identity["task"]["name"]) / slug(self.model.name) / slug(leaf)
+
+
+def _described(plugin: Any) -> dict[str, Any]:
+    """Name and options; what an option `name` says is one of many (lm-eval's tasks) stands behind the plugin's name."""
+    found = options(plugin)
+    return found | {"name": ":".join([plugins.name_of(plugin), *filter(None, [found.get("name")])])}
 
 
 def slug(text: str) -> str:

@@ -28,9 +28,8 @@ class LMEval(Task):
     answer prefix (`gen_prefix`), or the last token. Note: a document that ends with "Answer:" has its query compressed.
     Score: the metric that `info.metric` names, as the task computes it for one document.
     Differs from lm-eval: a text's parts are tokenised apart, where a cut allows it so that the tokens are the same;
-    `chat=true` puts description, shots and document into one user's message; answers are decoded to their full length
-    and cut at the task's stop strings then. Refused: perplexity of a whole text, choices that differ in their contexts,
-    sampled answers, images and audio, code that would be run.
+    `chat=true` puts description, shots and document into one user's message. Refused: perplexity of a whole text,
+    choices that differ in their contexts, sampled answers, images and audio, code that would be run.
     """
 
     score_name = "lm-eval metric"
@@ -46,13 +45,13 @@ class LMEval(Task):
     metadata: dict[str, Any] = field(default_factory=dict)  # for tasks made on the spot: max_seq_lengths=[2048]
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise UsageError("say which task of lm-eval: task.name=arc_easy")
         if self.shots is not None and self.shots < 0:
             raise UsageError(f"task.shots={self.shots} is below 0")
 
     def contexts(self, writer: Writer, seed: int) -> Iterator[Context]:
         """A context for each document, in the task's order. `seed` draws the shots; 0 draws those of lm-eval."""
+        if not self.name:
+            raise UsageError("say which task of lm-eval: task.name=arc_easy")
         task = self._load(writer.tokenizer.name_or_path, seed)
         return (self._draw(writer, task, seed, i) for i in range(len(task.task_docs)))
 

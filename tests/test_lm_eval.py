@@ -338,6 +338,13 @@ def test_examples_are_stable(folder, model):
     assert first[2].examples[0].target == " nothing"
 
 
+def test_a_cell_is_named_after_both(folder, config):
+    """lm-eval has tasks with the names of ours."""
+    cell = Cell(config, plugins.build_method("full"), Budget.parse("1"), task(folder, "niah"))
+    assert cell.identity()["task"]["name"] == "lm_eval:niah"
+    assert cell.folder(Path("results")).parts[1] == "lm_eval_niah"
+
+
 def test_filters_and_metrics_by_name(folder, model):
     for metric, answer, score in (
         ("", "is 0", 1),
@@ -372,9 +379,10 @@ def test_what_cannot_run_says_so(folder, model, name, options, reason):
 
 
 def test_impossible_options(folder, model, tmp_path):
-    for options in ({"name": ""}, {"name": "x", "shots": -1}):
-        with pytest.raises(UsageError):
-            LMEval(**options)
+    with pytest.raises(UsageError, match="below 0"):
+        LMEval(name="x", shots=-1)
+    with pytest.raises(UsageError, match="say which task"):
+        some(model, LMEval())
     with pytest.raises(UsageError, match="no folder"):
         some(model, LMEval(name="x", include=str(tmp_path / "nowhere")))
     (tmp_path / "venv").mkdir()
