@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ def ask_full(model: Model, full: CompressedCache, unit: Unit) -> dict[str, FullA
     found = {}
     for turn in unit.turns:
         fork, first = talk.ask(turn)
-        ids = greedy(model.network, fork.fork(), first, model.stop, turn.example.max_new_tokens)
+        ids = _greedy(model, fork, first, turn.example)
         found[turn.example.id] = FullAnswer(tuple(ids), _teacher_forced(model, fork, first, ids))
         talk.remember(turn.example, fork, ids)
     return found
@@ -141,13 +141,30 @@ def answers(
             record |= _choose(model, fork, first, cell, example)
         elif cell.generate and cell.task.generates:
             with decoding:
-                ids = greedy(model.network, fork.fork(), first, model.stop, example.max_new_tokens)
+                ids = _greedy(model, fork, first, example)
             text = model.writer.decode(ids)
             record |= {"score": cell.task.score(example, text), "answer": text, "tokens_out": len(ids)}
             record |= {"decode_s": decoding.seconds}
         talk.remember(example, fork, ids)
         if example.id not in done:
             yield example, record
+
+
+def ended_by(model: Model, stop: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+    """Whether an answer has ended: with the model's end of turn, or with a text of `stop` in it."""
+    texts = [text for text in stop if text]
+    recent = 4 * max(map(len, texts), default=0)  # a character may take up to four tokens
+
+    def ended(ids: Sequence[int]) -> bool:
+        if ids[-1] in model.stop:
+            return True
+        return bool(texts) and any(text in model.writer.decode(ids[-recent:]) for text in texts)
+
+    return ended
+
+
+def _greedy(model: Model, fork: Fork, first: Float[Tensor, " vocabulary"], example: Example) -> list[int]:
+    return greedy(model.network, fork.fork(), first, ended_by(model, example.stop), example.max_new_tokens)
 
 
 def _fidelity(

@@ -37,15 +37,19 @@ def calibration_part(document: str) -> bool:
 
 @functools.cache
 def documents(source: str, part: Part) -> tuple[str, ...]:
-    """One side of a source, in a fixed order: `essays`, `squad`, `hotpotqa`, or the path of a .txt file or folder.
+    """One side of a source, in a fixed order: `essays`, `squad`, `hotpotqa`, a .txt file or folder, or hub data.
 
-    `pydoc` and `stdlib` have a calibration side only. Raises UsageError when the data is missing or that side is empty.
+    Hub data is `hub:<id>@<revision>[:<config>]`, the column `text` of its split `train`. `pydoc` and `stdlib` have a
+    calibration side only. Raises UsageError when the data is missing or that side is empty.
     """
     if source in _CALIBRATION_ONLY:
         if part == "task":
             raise UsageError(f"{source} is for calibration only")
         return _CALIBRATION_ONLY[source]()
-    found = _SOURCES[source]() if source in _SOURCES else text_file(source)
+    if source.startswith("hub:"):
+        found = _hub_texts(source)
+    else:
+        found = _SOURCES[source]() if source in _SOURCES else text_file(source)
     found = tuple(document for document in found if calibration_part(document) == (part == "calibration"))
     if not found:
         raise UsageError(f"{source} is too short: none of it falls on the {part} side")
@@ -122,6 +126,15 @@ def stdlib_source() -> tuple[str, ...]:
     files = sorted(file.relative_to(root) for file in root.glob("**/*.py"))
     texts = ((root / file).read_text(encoding="utf-8") for file in files if not skipped.intersection(file.parts))
     return tuple(text for text in texts if text.strip())
+
+
+def _hub_texts(source: str) -> tuple[str, ...]:
+    from kvbench.hub import rows
+
+    try:
+        return tuple(row["text"] for row in rows(source, "train"))
+    except KeyError as error:
+        raise UsageError(f"{source} has no column `text`") from error
 
 
 def _read(file: Path) -> str:

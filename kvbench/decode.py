@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,11 +50,15 @@ def feed(
 
 
 def greedy(
-    network: Network, fork: Fork, logits: Float[Tensor, " vocabulary"], stop: frozenset[int], max_new_tokens: int
+    network: Network,
+    fork: Fork,
+    logits: Float[Tensor, " vocabulary"],
+    ended: Callable[[Sequence[int]], bool],
+    max_new_tokens: int,
 ) -> list[int]:
-    """The greedy answer that `logits` (of the prompt's last token) begins; its end-of-turn token is included."""
+    """The greedy answer that `logits` (of the prompt's last token) begins, up to the token that ended it."""
     answer = [int(logits.argmax())]
-    while answer[-1] not in stop and len(answer) < max_new_tokens:
+    while not ended(answer) and len(answer) < max_new_tokens:
         token = torch.tensor([[answer[-1]]], device=logits.device)
         answer.append(int(feed(network, [fork], token, last_only=True)[0, -1].argmax()))
     return answer

@@ -32,6 +32,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
+from kvbench.answer import ended_by
 from kvbench.cache.fork import Fork
 from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell
@@ -45,7 +46,6 @@ from kvbench.prefill import Reader, read_exactly
 from kvbench.run import BAD_INPUT, check, one_line
 
 _LOG = logging.getLogger(__name__)
-_PIECE = 16  # tokens decoded between two looks for a stop string
 
 Ids = list[int]
 Pair = tuple[tuple[str, str], Ids, Ids]  # (context, continuation) as texts, then the tokens of each
@@ -196,15 +196,10 @@ class KVBench(TemplateLM):
 
     def _answer(self, cache: CompressedCache, last: int, until: list[str], most: int) -> str:
         """The greedy answer, decoded until its text has a stop string."""
-        fork, answer, text = Fork(cache, self._cell.method), list[int](), ""
-        while len(answer) < most and not any(stop and stop in text for stop in until):
-            token = torch.tensor([answer[-1:] or [last]], device=self._network.device)
-            logits = feed(self._network, [fork], token, last_only=True)[0, -1]
-            answer += greedy(self._network, fork, logits, self._model.stop, min(_PIECE, most - len(answer)))
-            text = self._model.writer.decode(answer)
-            if answer[-1] in self._model.stop:
-                break
-        return text
+        fork = Fork(cache, self._cell.method)
+        token = torch.tensor([[last]], device=self._network.device)
+        first = feed(self._network, [fork], token, last_only=True)[0, -1]
+        return self._model.writer.decode(greedy(self._network, fork, first, ended_by(self._model, until), most))
 
     def _cut(self, ids: Ids, most: int) -> Ids:
         if len(ids) > most:

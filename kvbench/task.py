@@ -20,6 +20,7 @@ class Example:
     target: str  # the reference text whose NLL is measured, as it would follow the answer prefix
     answer_prefix: str = ""  # put into the assistant's turn, before the answer
     max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()  # texts that end an answer, beside the model's end of turn; `score` sees them
     info: dict[str, Any] = field(default_factory=dict)  # goes into the record as it is (depth, sub-task, ...)
     choices: tuple[str, ...] = ()  # continuations to weigh instead of a free answer: see `Task.score_choices`
     follows: str | None = None  # id of the example of this context whose turn comes before: a conversation goes on

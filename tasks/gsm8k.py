@@ -75,6 +75,7 @@ class GSM8K(Task):
             references=(number.strip(),),
             target=f"{reasoning} The answer is {number.strip()}.",
             max_new_tokens=self.max_new_tokens,
+            stop=("Q:",),
         )
 
 

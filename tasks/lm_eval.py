@@ -177,6 +177,7 @@ class LMEval(Task):
             target=target,
             answer_prefix=prefix,
             max_new_tokens=longest or _options(task)["max_gen_toks"],
+            stop=() if choices else tuple(filter(None, _options(task)["until"])),
             info={"document": i, "metric": self._metric(task, document, len(choices))},
             choices=choices,
         )

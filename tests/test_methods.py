@@ -173,7 +173,7 @@ def test_budget_1_reproduces_stock_transformers(family: str) -> None:
         torch.testing.assert_close(logits, stock(ids[None]).logits[:, 60:], atol=1e-4, rtol=0)
         from kvbench.decode import greedy
 
-        answer = greedy(network, fork, logits[0, -1], frozenset(), 20)
+        answer = greedy(network, fork, logits[0, -1], lambda _: False, 20)
         expected = stock.generate(
             ids[None],
             attention_mask=torch.ones(1, 80, dtype=torch.long),
