@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 help:
 	@echo "make setup   the environment, the embedded model and corpora, and its calibration (minutes once, then seconds)"
-	@echo "make demo    one cell: VECTOR at a tenth of the bytes, needle in a haystack, on the embedded model"
+	@echo "make demo    VECTOR at a tenth of the bytes beside its controls, needle in a haystack, on the embedded model"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make check   lint and test"
@@ -21,10 +21,11 @@ setup: .venv/.installed
 	$(BIN)/python scripts/calibrate.py model=smollm2-135m
 
 demo: setup
-	$(BIN)/python -m kvbench.run method=vector budget=0.1 task=niah protocol=aware limit=8
+	$(BIN)/python -m kvbench.run -m method=full,streamingllm,vector budget=0.1 task=niah task.max_new_tokens=32 limit=8
 
+# Two processes of one thread each: torch's threads get in each other's way when processes share cores.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/.installed
 	$(BIN)/ruff check
