@@ -65,6 +65,8 @@ def load_model(config: ModelConfig) -> Model:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "torch_threads": torch.get_num_threads(),
     }
+    # Tasks that cut long prompts ask the tokenizer, which may claim more than the model reads.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, network.max_positions)
     writer = Writer(tokenizer, config.chat, config.template)
     return Model(config, network, writer, frozenset(ends) | {tokenizer.eos_token_id}, facts)
 
