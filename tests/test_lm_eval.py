@@ -257,6 +257,17 @@ def test_our_model_and_our_loop_agree_when_compressed(folder, config, tmp_path):
         assert record["choice_logprobs"] == pytest.approx([value for value, _ in sample["filtered_resps"]], abs=1e-3)
 
 
+def test_cells_in_company_score_what_one_of_them_has_drawn(folder, config, tmp_path):
+    made = [task(folder, "tiny_choice", shots=1) for _ in range(2)]
+    methods = (plugins.build_method("full"), plugins.build_method("streamingllm"))
+    cells = [Cell(config, method, Budget.parse("0.2"), own) for method, own in zip(methods, made, strict=True)]
+    evaluate.run_cells(cells, tmp_path, 2, False, "disabled", "kvbench")
+    evaluate.run_cells(cells, tmp_path, None, False, "disabled", "kvbench")  # goes on
+    alone = records(task(folder, "tiny_choice", shots=1), config, tmp_path / "alone", "streamingllm", "0.2")
+    found = read_cell(cells[1].folder(tmp_path))[1]
+    assert [record["choice_logprobs"] for record in found] == [record["choice_logprobs"] for record in alone]
+
+
 def test_a_choice_without_context_is_weighed_exactly(folder, own_model):
     from lm_eval.api.instance import Instance
 
