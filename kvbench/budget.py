@@ -37,7 +37,7 @@ class Budget:
     unit: str  # "" share of the full cache | "B" bytes | "r" share of tokens removed | "tok" tokens per KV head
 
     @classmethod
-    def parse(cls, text: str | float) -> Budget:
+    def parse(cls, text: str | float | int) -> Budget:
         """Raises UsageError for a budget that is not positive, not a budget, or a share above 1."""
         form = _FORM.fullmatch(str(text).strip())
         if not form:

@@ -260,12 +260,18 @@ def _merge(old: Slab, new: Slab, device: torch.device) -> Slab:
         old,
         key=_join(old.key, new.key),
         value=_join(old.value, new.value),
-        position=None if old.position is None or new.position is None else torch.cat([old.position, new.position]),
+        position=_join_positions(old.position, new.position),
         log_multiplicity=None
         if multiplicity is None
         else torch.cat([multiplicity, multiplicity.new_zeros(new.layout.rows)]),
     )
     return _gather(both, heads, heads.argsort(stable=True))
+
+
+def _join_positions(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return None
+    return torch.cat([widen(first), widen(second)]).to(torch.promote_types(first.dtype, second.dtype))
 
 
 def _join(first: Stored, second: Stored) -> Stored:
