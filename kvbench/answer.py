@@ -54,7 +54,8 @@ def units(context: Context, examples: Sequence[Example], protocol: str, model: M
         if example.follows is None:
             prompt = model.writer.prompt(context.ids, example.question, example.answer_prefix, context.chat)
             compressed, fed = prompt.split(protocol)
-            unit = unit_of[example.id] = f"{context.id}|{example.id}" if protocol == "aware" else context.id
+            alike = protocol == "blind" and found.get(context.id, (compressed, []))[0] == compressed
+            unit = unit_of[example.id] = context.id if alike else f"{context.id}|{example.id}"
             found.setdefault(unit, (compressed, []))
             before = len(compressed)
         else:

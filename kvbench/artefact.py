@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,7 +36,9 @@ class Artefact:
 
 
 class Calibration(ABC):
-    """A frozen dataclass: how an artefact is fitted. Its fields, and the model, name the artefact."""
+    """A frozen dataclass: how an artefact is fitted. Its fields, `version` and the model name the artefact."""
+
+    version: ClassVar[int] = 1  # raise it when the same fields fit something else
 
     @abstractmethod
     def fit(self, model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -44,7 +46,7 @@ class Calibration(ABC):
 
     def identity(self) -> dict[str, Any]:
         fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return {"calibration": type(self).__name__} | fields
+        return {"calibration": type(self).__name__, "version": self.version} | fields
 
 
 def location(calibration: Calibration, model: Model) -> Path:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ _ESSAY = re.compile(
     rf"|(?<!\w\n)(?<=\n){_DATE}(?=[A-Z\"(_\n]|  \n)"
     rf"|(?<![^\n\w.]){_DATE},? \(?(?:rev|corrected)"
 )
+_CLAUSE_END = re.compile(r"(?<=[.!?;:,]) ")
 _BLOCK = 8_000  # characters: about 2,000 tokens
 
 
@@ -50,10 +51,22 @@ def documents(source: str, part: Part) -> tuple[str, ...]:
         found = _hub_texts(source)
     else:
         found = _SOURCES[source]() if source in _SOURCES else text_file(source)
-    found = tuple(document for document in found if calibration_part(document) == (part == "calibration"))
+    task = tuple(document for document in found if not calibration_part(document))
+    found = task if part == "task" else _unquoted([d for d in found if calibration_part(d)], task)
     if not found:
         raise UsageError(f"{source} is too short: none of it falls on the {part} side")
     return found
+
+
+def _unquoted(documents: Sequence[str], task: Sequence[str]) -> tuple[str, ...]:
+    """Those of which no clause of some length is also in a text of the task side: essays quote each other."""
+    known = {clause for document in task for clause in _clauses(document)}
+    return tuple(document for document in documents if known.isdisjoint(_clauses(document)))
+
+
+def _clauses(document: str) -> Iterator[str]:
+    text = " ".join(document.split())  # a quotation's lines may break elsewhere
+    return (clause for clause in _CLAUSE_END.split(text) if len(clause) >= 60)
 
 
 def text_hash(texts: Iterable[str]) -> str:

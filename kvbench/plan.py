@@ -182,7 +182,7 @@ def shrink(protect: tuple[int, int], keep: int, tokens: int) -> tuple[int, int]:
     half = keep // 2
     if first + last > half:
         first = min(first, half)
-        last = min(last, half - first) or min(1, keep - first)
+        last = min(last, half - first)
     return first, last
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
+from kvbench.errors import UsageError
 from kvbench.method import Method
 from kvbench.prefill import Seen, Statistic
 from kvbench.toolbox.statistics import WindowAttention
@@ -25,6 +26,10 @@ class SnapKV(Method):
 
     window: int = 64
     pool: int = 5
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
+            raise UsageError(f"method.window={self.window} method.pool={self.pool}: both at least 1, pool odd")
 
     @property
     def needs(self) -> frozenset[Statistic]:

@@ -58,7 +58,9 @@ def tiny() -> Model:
     config = ModelConfig(name="tiny", path="tiny", dtype="float32")
     tokenizer = byte_tokenizer()
     stop = frozenset({tokenizer.eos_token_id})
-    return Model(config, tiny_network(), Writer(tokenizer), stop, {"weights": "random-0"})
+    return Model(
+        config, tiny_network(), Writer(tokenizer), stop, {"weights": "random-0", "device": "cpu", "torch_threads": 1}
+    )
 
 
 @pytest.fixture(scope="session")

@@ -210,7 +210,7 @@ def test_top_rows_keeps_as_many_as_it_says_and_what_is_protected(
 
 @settings(deadline=None, max_examples=500)
 @given(*SIZES)
-def test_protection_is_kept_where_it_fits_and_takes_half_at_most_but_for_the_newest_token(
+def test_protection_is_kept_where_it_fits_and_takes_half_at_most(
     protect: tuple[int, int], keep: int, tokens: int
 ) -> None:
     first, last = shrink(protect, keep, tokens)
@@ -222,10 +222,8 @@ def test_protection_is_kept_where_it_fits_and_takes_half_at_most_but_for_the_new
         assert (first, last) == protect
     else:
         assert first <= protect[0]
-        assert last <= max(protect[1], 1)
-        assert first + last <= keep
-        # The newest token is kept even where the first ones have taken the half.
-        assert first + last == keep // 2 or (last == 1 and first == min(protect[0], keep // 2))
+        assert last <= protect[1]
+        assert first + last == keep // 2
 
 
 def test_rows_are_bounded_by_the_allowance(network: Network) -> None:

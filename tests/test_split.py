@@ -40,8 +40,7 @@ def calibration() -> tuple[str, ...]:
 
 
 def shared(text: str) -> set[str]:
-    """The pieces of `text` that calibration may have read, but for quotations: a few documents of the task side share
-    some with another one of the calibration side (an essay that quotes an essay, lists with the same introduction)."""
+    """The pieces of `text` that calibration may have read."""
     found = set()
     for i in range(len(text) - BLOCK + 1):
         number, start = blocks().get(hash(text[i : i + BLOCK]), (-1, 0))
@@ -54,16 +53,7 @@ def shared(text: str) -> set[str]:
             end += 1
         if end - a >= PIECE:
             found.add(text[a:end])
-    return {piece for piece in found if not quoted(piece)}
-
-
-def quoted(piece: str) -> bool:
-    return piece in task_side()
-
-
-@functools.cache
-def task_side() -> str:
-    return "\0".join(plain(text) for source in SOURCES for text in corpora.documents(source, "task"))
+    return found
 
 
 class Bytes(Writer):
