@@ -230,7 +230,12 @@ def test_reachable_gives_up_and_asks_the_proxy(monkeypatch):
         monkeypatch.setattr("urllib.request.proxy_bypass", lambda host: False)
         assert hub._reachable("https://hub.invalid")
     monkeypatch.setattr("urllib.request.getproxies", dict)
-    monkeypatch.setattr(socket, "create_connection", lambda *_: time.sleep(30))
+
+    def silent(*_: object) -> None:
+        time.sleep(30)
+        raise TimeoutError  # in its thread, long after the test
+
+    monkeypatch.setattr(socket, "create_connection", silent)
     monkeypatch.setattr(hub, "PATIENCE", 0.2)
     began = time.perf_counter()
     assert not hub._reachable("https://silent.invalid")

@@ -135,8 +135,10 @@ def test_no_calibration_text_in_any_haystack(writer):
     """Word by word: every haystack is a stretch of the task side's essays."""
     task, calibration = (corpora.documents("essays", part) for part in ("task", "calibration"))
     assert not set(task) & set(calibration)
-    assert len(task) + len(calibration) == len(corpora.essays()) == 213
-    assert 0.2 < sum(map(len, calibration)) / sum(map(len, corpora.essays())) < 0.3
+    assert set(task) | set(calibration) < set(corpora.essays())  # without those that quote the task side
+    assert len(corpora.essays()) == 213
+    assert len(task) == 163
+    assert 0.15 < sum(map(len, calibration)) / sum(map(len, corpora.essays())) < 0.25
     text = " ".join(" ".join(task).split())
     text += " " + text[:100_000]
     clusters = set()
