@@ -293,3 +293,26 @@ def test_merging_equal_rows_with_multiplicity_is_exact(network: Network, tiered:
     expected = logits(network, full, Method())
     torch.testing.assert_close(logits(network, cache, Merge(), tiered), expected, atol=5e-5, rtol=0)
     assert cache.nbytes < full.nbytes * 0.6
+
+
+@dataclass(frozen=True)
+class RaggedThenInt4(AdaKV):
+    """Ragged exact rows that all become 4-bit at the first step: empty places must not."""
+
+    steps: ClassVar[bool] = True
+
+    def step(self, state: Any, event: Event) -> tuple[Any, Edit | None]:
+        return state, Edit((EXACT, INT4), torch.ones(event.key.shape[:2], dtype=torch.int8))
+
+
+def test_an_edit_moves_the_rows_of_ragged_heads_alone(network: Network) -> None:
+    toy = RaggedThenInt4()
+    fork = Fork(pack(network, toy)[2], toy)
+    before = [layer.packed.slabs[0].layout.counts for layer in fork.layers]
+    assert any(len(set(counts)) > 1 for counts in before)
+    with torch.inference_mode():
+        feed(network, [fork], ids_of(network, 1, seed=2)[None])
+    for counts, layer in zip(before, fork.layers, strict=True):
+        (slab,) = layer.packed.slabs
+        assert slab.tier == INT4
+        assert slab.layout.counts == tuple(count + 1 for count in counts)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvbench.cache.codecs.base import Rows, Stored
 from kvbench.cache.layout import Layout, index_dtype, widen
-from kvbench.plan import LayerPlan, Made, Plan, Tier, Weight, tensors_in, weigh
+from kvbench.plan import EVICTED, LayerPlan, Made, Plan, Tier, Weight, tensors_in, weigh
 
 if TYPE_CHECKING:
     from kvbench.prefill import Seen, SeenLayer
@@ -172,9 +172,13 @@ class PackedLayer:
         key, value = (torch.cat([x, t.to(x.dtype)], 1) for x, t in zip((dense.key, dense.value), tail[:2], strict=True))
         context = dense.position if dense.position is not None else tail[2].new_zeros(key.shape[0], dense.key.shape[1])
         position = torch.cat([context, tail[2].expand(key.shape[0], -1)], 1)
+        route = edit.route
+        if dense.bias is not None:  # places where a head has fewer rows are no rows, whatever the edit says of them
+            empty = torch.nn.functional.pad(dense.bias.isneginf(), (0, route.shape[1] - dense.bias.shape[1]))
+            route = route.masked_fill(empty, EVICTED)
         slabs = []
         for i, tier in enumerate(edit.tiers):
-            moved = edit.route == i
+            moved = route == i
             kept = None
             if tier in old:
                 slab, start = old[tier]
