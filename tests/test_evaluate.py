@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -128,8 +129,9 @@ def test_a_record_has_every_name_that_scripts_rely_on(tiny: Model, tmp_path: Pat
     found = records(cell(), tmp_path)
     assert [record["id"] for record in found] == [f"toy-0-{i}-{j}" for i in range(4) for j in range(2)]
     row = tiny.network.row_bytes()
+    defined = set(re.findall(r"`(\w+)`", (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()))
     for record in found:
-        assert set(NAMES.split()) <= set(record)
+        assert set(NAMES.split()) <= set(record) <= defined
         assert record["id"].startswith(record["context_id"] + "-")
         assert record["cluster_id"] == f"document-{int(record['context_id'][-1]) % 3}"
         assert 0 <= record["score"] <= 1
