@@ -83,12 +83,17 @@ class Cell:
         return {
             "model": self.model.identity(),
             "method": _described(self.method),
-            "budget": str(self.budget) if self.method.budgeted else "1",
+            "budget": str(self.bound),
             "task": _described(self.task),
             "protocol": self.protocol,
             "seed": self.seed,
             "generate": self.generate,
         }
+
+    @property
+    def bound(self) -> Budget:
+        """The budget that holds for the method: 1 if it ignores budgets."""
+        return self.budget if self.method.budgeted else Budget.parse("1")
 
     @property
     def digest(self) -> str:

@@ -28,7 +28,7 @@ class Compressor:
     def compress(self, seen: Seen) -> tuple[CompressedCache, dict[str, Any]]:
         """The compressed context, and what a record says of it. Raises Infeasible."""
         method, full = self._cell.method, self._row_bytes * len(seen.token_ids)
-        allowance = self._cell.budget.allow(full, len(seen.token_ids))
+        allowance = self._cell.bound.allow(full, len(seen.token_ids))
         watch = Stopwatch(self._network.device)
         try:
             with watch:

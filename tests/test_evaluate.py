@@ -487,6 +487,11 @@ def test_other_weights_do_not_continue_a_cell(tiny: Model, tmp_path: Path, monke
     assert len(records(cell(), tmp_path)) == 2
 
 
+def test_the_full_cache_is_bounded_by_itself(tmp_path: Path) -> None:
+    run(cell("full", "0.1"), tmp_path)
+    assert all(record["bytes_budget"] == record["bytes_full"] for record in records(cell("full"), tmp_path))
+
+
 def test_in_a_sweep_what_cant_be_run_is_marked_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
