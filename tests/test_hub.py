@@ -240,3 +240,15 @@ def test_reachable_gives_up_and_asks_the_proxy(monkeypatch):
     began = time.perf_counter()
     assert not hub._reachable("https://silent.invalid")
     assert time.perf_counter() - began < 2
+
+
+def test_calibration_reads_the_column_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvbench import corpora
+
+    texts = [f"Text number {i}." for i in range(40)]
+    monkeypatch.setattr(hub, "rows", lambda source, split: ({"text": t, "split": split} for t in texts))
+    found = corpora.documents("hub:some/texts@1", "calibration")
+    assert found == tuple(text for text in texts if corpora.calibration_part(text))
+    monkeypatch.setattr(hub, "rows", lambda source, split: iter([{"body": "x"}]))
+    with pytest.raises(UsageError, match="no column `text`"):
+        corpora.documents("hub:other/texts@1", "calibration")
