@@ -121,11 +121,7 @@ def _evaluate(runs: Sequence[_Run], model: Model, limit: int | None) -> bool:
                 return False
             examples = context.examples if limit is None else context.examples[: limit - done]
             for unit in units(context, examples, cell.protocol, model):
-                lacking = [
-                    run
-                    for run in runs
-                    if not run.failed and any(turn.example.id not in _ids(run) for turn in unit.turns)
-                ]
+                lacking = [run for run in runs if _lacks(run, unit)]
                 if lacking:
                     _evaluate_unit(lacking, model, context, unit)
                 bar.advance(job, len(unit.turns))
@@ -135,11 +131,15 @@ def _evaluate(runs: Sequence[_Run], model: Model, limit: int | None) -> bool:
     return True
 
 
-def _ids(run: _Run) -> set[str]:
-    """The examples a cell has; a folder with records is opened at once, an empty one when there is a record for it."""
-    if run.store is None and not run.redo and run.cell.folder(run.results).exists():
-        run.open()
-    return run.store.done if run.store else set()
+def _lacks(run: _Run, unit: Unit) -> bool:
+    """Whether a cell still needs a unit. A folder that is there is opened at once, a new one with its first record."""
+    if run.store is None and not run.failed and not run.redo and run.cell.folder(run.results).exists():
+        try:
+            run.open()
+        except UsageError as error:  # another process's, or begun with other weights or data
+            run.fail(error)
+    done = run.store.done if run.store else set()
+    return not run.failed and any(turn.example.id not in done for turn in unit.turns)
 
 
 def _evaluate_unit(runs: Sequence[_Run], model: Model, context: Context, unit: Unit) -> None:

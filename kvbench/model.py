@@ -61,6 +61,7 @@ def load_model(config: ModelConfig) -> Model:
         "source": source,
         "weights": _weights_name(source, Path(path), about),
         "compute": str(compute).removeprefix("torch."),
+        "prefill_chunk": config.prefill_chunk,
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "torch_threads": torch.get_num_threads(),

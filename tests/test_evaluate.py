@@ -508,3 +508,13 @@ def test_in_a_sweep_what_cant_be_run_is_marked_and_the_others_go_on(
     assert "smallest plan of snapkv" in headers[0]["reason"]
     assert "random at budget=0.4: MemoryError: no room" in headers[1]["reason"]
     assert "kvbench: budget=1B" in capsys.readouterr().err
+
+
+def test_in_a_sweep_another_processs_cell_is_told_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    company = [cell("random", "0.4"), cell("streamingllm", "0.4")]
+    with CellStore.open(company[0], tmp_path, {}, None):  # as another process would hold it
+        evaluate.run_cells(company, tmp_path, None, False, "disabled", "kvbench", alone=False)
+    assert "another process is writing" in capsys.readouterr().err
+    assert [header(c, tmp_path)["status"] for c in company] == ["running", "done"]

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ids_of, tiny_network
+from conftest import ids_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from kvbench import plugins
-from kvbench.artefact import Artefact, load, load_or_fit, location
+from kvbench.artefact import load, load_or_fit, location
 from kvbench.budget import Budget
 from kvbench.cache.packed import CompressedCache
 from kvbench.cache.rope import unrotate
@@ -189,12 +189,3 @@ def test_a_base_that_scores_nothing_is_refused() -> None:
         plugins.build_method("vector", base="snap")
     with pytest.raises(UsageError, match="window_size"):
         plugins.build_method("vector", base="snapkv", base_options={"window_size": 3})
-
-
-def test_an_artefact_is_only_tensors_and_text() -> None:
-    assert set(Artefact.__dataclass_fields__) == {"tensors", "header", "digest"}
-
-
-def test_maps_of_a_larger_model_have_its_shape() -> None:
-    network = tiny_network("qwen3", num_key_value_heads=1)
-    assert network.row_bytes() == 2 * 2 * 1 * 16 * 4

@@ -135,10 +135,6 @@ class PackedLayer:
         for slab in self.slabs:
             yield from slab.tensors()
 
-    @property
-    def slots(self) -> int:
-        return sum(slab.layout.width for slab in self.slabs)
-
     def dense(self) -> Dense:
         """Every row decoded. The exact rows of a slab with no padding are a view, not a copy."""
         like = self.empty.dtype
