@@ -118,6 +118,18 @@ def _described(plugin: Any) -> dict[str, Any]:
     return found | {"name": ":".join([plugins.name_of(plugin), *filter(None, [found.get("name")])])}
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How cells are run: nothing that their records depend on."""
+
+    results: Path
+    limit: int | None = None  # examples; None: all the task has
+    redo: bool = False  # start finished cells over
+    timed: int = 0  # examples of each cell that are timed alone, after all of them have been answered
+    tracker_mode: str = "disabled"
+    tracker_project: str = "kvbench"
+
+
 def slug(text: str) -> str:
     """`text` as one safe folder name: it can't leave its parent."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip(".") or "_"

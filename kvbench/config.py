@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kvbench import plugins
 from kvbench.budget import Budget
-from kvbench.cell import Cell, ModelConfig
+from kvbench.cell import Cell, ModelConfig, Settings
 from kvbench.errors import UsageError
 
 Node = Any  # a DictConfig; as an annotation it makes beartype warn of omegaconf's bases
@@ -60,19 +60,16 @@ class RunConfig:
     limit: int | None = 32  # examples; null: all there are
     results: str = "results"
     redo: bool = False  # start finished cells over
+    timed: int = 3  # examples of each cell that are timed alone at the end; 0: none
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one job does: the cell, and the settings that aren't part of its identity."""
+    """What one job does."""
 
     cell: Cell
-    results: Path
-    limit: int | None
-    redo: bool
-    tracker_mode: str
-    tracker_project: str
+    settings: Settings
 
 
 class PluginSource(ConfigSource):
@@ -191,4 +188,4 @@ def convert(config: Node) -> Run:
     )
     results = Path(config.results).expanduser()
     tracker = build("tracker", config.tracker)
-    return Run(cell, results, config.limit, config.redo, tracker.mode.name, tracker.project)
+    return Run(cell, Settings(results, config.limit, config.redo, config.timed, tracker.mode.name, tracker.project))

@@ -11,14 +11,13 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from kvbench import tracker
 from kvbench.answer import FullAnswer, Unit, answers, ask_full, units
 from kvbench.cache.packed import CompressedCache
-from kvbench.cell import Cell
+from kvbench.cell import Cell, Settings
 from kvbench.compress import Compressor
 from kvbench.errors import UsageError
 from kvbench.measure.clock import Stopwatch
@@ -32,32 +31,26 @@ from kvbench.store import CellStore, is_done
 from kvbench.task import Context
 
 
-def run_cells(
-    cells: Sequence[Cell],
-    results: Path,
-    limit: int | None,
-    redo: bool,
-    tracker_mode: str,
-    tracker_project: str,
-    alone: bool = True,
-) -> None:
-    """Brings the cells' records up to `limit` examples (None: all the task has) and prints a summary.
+def run_cells(cells: Sequence[Cell], settings: Settings, alone: bool = True) -> None:
+    """Brings the cells' records up to `settings.limit` examples and prints a summary.
 
     What can't be run raises UsageError and nothing is written, if the cell is `alone`. In a sweep it is marked
     (`infeasible` with the smallest plan's bytes, or `failed` with the reason), told on stderr, and the others go on.
     """
-    missing = [cell for cell in cells if redo or not is_done(cell, results, limit)]
+    results = settings.results
+    missing = [cell for cell in cells if settings.redo or not is_done(cell, results, settings.limit)]
     if missing:
         model = load_model(missing[0].model)
         with torch.inference_mode(), ExitStack() as stack:
-            runs = [_Run(cell, model, results, limit, redo, stack, alone) for cell in missing]
-            exhausted = _evaluate(runs, model, limit)
+            runs = [_Run(cell, model, settings, stack, alone) for cell in missing]
+            exhausted = _evaluate(runs, model, settings.limit)
             for run in runs:
                 if not run.failed:
                     run.open().finish(exhausted)
+        mode = settings.tracker_mode
         for run in runs:
             if not run.failed:
-                tracker_mode = tracker.mirror(run.cell.folder(results), results, tracker_mode, tracker_project)
+                mode = tracker.mirror(run.cell.folder(results), results, mode, settings.tracker_project)
     print_summary([folder for cell in cells if (folder := cell.folder(results)).exists()], new=len(missing))
 
 
@@ -67,9 +60,7 @@ class _Run:
 
     cell: Cell
     model: Model
-    results: Path
-    limit: int | None
-    redo: bool
+    settings: Settings
     stack: ExitStack
     alone: bool
     store: CellStore | None = None
@@ -92,7 +83,7 @@ class _Run:
                 "storage": "decoded",  # rows are kept decoded between steps; bytes are those of the packed store
                 "hardware": {k: self.model.facts[k] for k in ("device", "torch_threads")},
             }
-            opened = CellStore.open(self.cell, self.results, about, self.limit, self.redo)
+            opened = CellStore.open(self.cell, self.settings.results, about, self.settings.limit, self.settings.redo)
             self.store = self.stack.enter_context(opened)
         return self.store
 
@@ -133,7 +124,8 @@ def _evaluate(runs: Sequence[_Run], model: Model, limit: int | None) -> bool:
 
 def _lacks(run: _Run, unit: Unit) -> bool:
     """Whether a cell still needs a unit. A folder that is there is opened at once, a new one with its first record."""
-    if run.store is None and not run.failed and not run.redo and run.cell.folder(run.results).exists():
+    settings = run.settings
+    if run.store is None and not run.failed and not settings.redo and run.cell.folder(settings.results).exists():
         try:
             run.open()
         except UsageError as error:  # another process's, or begun with other weights or data

@@ -122,18 +122,8 @@ def start(configs: Sequence[Node], tell: Callable[[Exception], None]) -> None:
     from kvbench.evaluate import run_cells  # imports torch, as the methods did
 
     for group in shared_prefills(runs):
-        first = group[0]
-        cells = [run.cell for run in group]
         try:
-            run_cells(
-                cells,
-                first.results,
-                first.limit,
-                first.redo,
-                first.tracker_mode,
-                first.tracker_project,
-                alone=len(configs) == 1,
-            )
+            run_cells([run.cell for run in group], group[0].settings, alone=len(configs) == 1)
         except BAD_INPUT as error:
             tell(error)
 
@@ -142,9 +132,8 @@ def shared_prefills(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs that differ only in method and budget, together; the same cell once."""
     groups: dict[str, dict[str, Run]] = {}
     for run in runs:
-        settings = {f.name: str(getattr(run, f.name)) for f in fields(run) if f.name != "cell"}
         same = {k: v for k, v in run.cell.identity().items() if k not in ("method", "budget")}
-        key = json.dumps([same, run.cell.model.device, settings], sort_keys=True)
+        key = json.dumps([same, run.cell.model.device, str(run.settings)], sort_keys=True)
         groups.setdefault(key, {}).setdefault(run.cell.digest, run)
     return [list(group.values()) for group in groups.values()]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from kvbench import evaluate, plugins
 from kvbench.answer import ended_by, units
 from kvbench.budget import Budget
-from kvbench.cell import Cell, ModelConfig
+from kvbench.cell import Cell, ModelConfig, Settings
 from kvbench.model import Model
 from kvbench.prompt import Writer
 from kvbench.store import read_cell
@@ -63,7 +63,7 @@ def stock(tiny: Model) -> Any:
 
 def records(task: Talk, results: Path, method: str = "full", protocol: str = "blind") -> dict[str, dict[str, Any]]:
     cell = Cell(CONFIG, plugins.build_method(method), Budget.parse("0.5"), task, protocol)
-    evaluate.run_cells([cell], results, None, False, "disabled", "kvbench")
+    evaluate.run_cells([cell], Settings(results))
     return {record["id"]: record for record in read_cell(cell.folder(results))[1]}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvbench.cell import Cell
+from kvbench.cell import Cell, Settings
 from kvbench.list import KINDS, choices, conf_folder, describe
 from kvbench.plugins import files
 from kvbench.run import main
@@ -123,11 +123,11 @@ def cell(ran: list[tuple[Any, ...]]) -> Callable[..., Cell]:
 def test_defaults_and_settings(ran: list[tuple[Any, ...]]) -> None:
     assert main(PLAY) == 0
     assert main([*PLAY, "results=elsewhere", "limit=null", "redo=true", "tracker.mode=disabled"]) == 0
-    (([first], *settings), (_, *others)) = ran
+    (([first], settings), (_, others)) = ran
     assert (str(first.budget), first.protocol, first.seed, first.generate) == ("0.1", "blind", 0, True)
     assert first.model.path == "embedded:smollm2-135m-q4_1"
-    assert settings == [Path("results"), 32, False, "offline", "kvbench"]
-    assert others == [Path("elsewhere"), None, True, "disabled", "kvbench"]
+    assert settings == Settings(Path("results"), 32, redo=False, timed=3, tracker_mode="offline")
+    assert others == Settings(Path("elsewhere"), None, redo=True, timed=3)
 
 
 def test_options_reach_the_plugins_typed(cell: Callable[..., Cell]) -> None:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from kvbench import evaluate, plugins
 from kvbench.budget import Budget
 from kvbench.cache.hf import Network
-from kvbench.cell import Cell, ModelConfig
+from kvbench.cell import Cell, ModelConfig, Settings
 from kvbench.errors import UsageError
 from kvbench.model import Model
 from kvbench.prompt import Writer
@@ -78,7 +78,7 @@ def cell(method: str = "snapkv", budget: str = "0.3", task: Toy | None = None, *
 
 def run(cells: Cell | Sequence[Cell], results: Path, limit: int | None = None, redo: bool = False) -> None:
     cells = [cells] if isinstance(cells, Cell) else cells
-    evaluate.run_cells(cells, results, limit, redo, "disabled", "kvbench")
+    evaluate.run_cells(cells, Settings(results, limit, redo))
 
 
 def records(one: Cell, results: Path) -> list[dict[str, Any]]:
@@ -502,7 +502,7 @@ def test_in_a_sweep_what_cant_be_run_is_marked_and_the_others_go_on(
         raise MemoryError("no room")
 
     monkeypatch.setattr(broken, "scores", out_of_memory)
-    evaluate.run_cells(company, tmp_path, None, False, "disabled", "kvbench", alone=False)
+    evaluate.run_cells(company, Settings(tmp_path), alone=False)
     headers = [read_cell(c.folder(tmp_path))[0] for c in company]
     assert [header["status"] for header in headers] == ["infeasible", "failed", "done"]
     assert "smallest plan of snapkv" in headers[0]["reason"]
@@ -515,6 +515,6 @@ def test_in_a_sweep_another_processs_cell_is_told_and_the_others_go_on(
 ) -> None:
     company = [cell("random", "0.4"), cell("streamingllm", "0.4")]
     with CellStore.open(company[0], tmp_path, {}, None):  # as another process would hold it
-        evaluate.run_cells(company, tmp_path, None, False, "disabled", "kvbench", alone=False)
+        evaluate.run_cells(company, Settings(tmp_path), alone=False)
     assert "another process is writing" in capsys.readouterr().err
     assert [header(c, tmp_path)["status"] for c in company] == ["running", "done"]

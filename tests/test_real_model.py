@@ -22,7 +22,7 @@ from kvbench.artefact import location
 from kvbench.budget import Budget
 from kvbench.cache.fork import Fork
 from kvbench.cache.packed import CompressedCache
-from kvbench.cell import Cell, ModelConfig
+from kvbench.cell import Cell, ModelConfig, Settings
 from kvbench.config import build_plugin
 from kvbench.decode import feed, greedy
 from kvbench.errors import UsageError
@@ -112,7 +112,7 @@ def test_the_needle_is_found_and_lost(model: Model, tmp_path: Path, monkeypatch:
     # Not near an end, which is what StreamingLLM keeps.
     task = niah(context=1024, max_new_tokens=16, depths=[0.3, 0.6])
     cells = [Cell(CONFIG, plugins.build_method(m), Budget.parse("0.05"), task) for m in ("full", "streamingllm")]
-    run_cells(cells, tmp_path, 2, False, "disabled", "kvbench")
+    run_cells(cells, Settings(tmp_path, 2))
     full, streaming = (read_cell(cell.folder(tmp_path))[1] for cell in cells)
     for exact, evicted in zip(full, streaming, strict=True):
         assert (exact["score"], exact["kl_full"], exact["agree_full"]) == (1, 0, 1)
