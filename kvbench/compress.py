@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from kvbench.artefact import Artefact, load_or_fit
+from kvbench.artefact import load_or_fit
 from kvbench.budget import Allowance
 from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell
@@ -20,8 +20,7 @@ class Compressor:
     """A cell's method, with what was fitted for it; its task isn't asked."""
 
     def __init__(self, cell: Cell, model: Model) -> None:
-        calibration = cell.method.calibration
-        self.artefact: Artefact | None = load_or_fit(calibration, model) if calibration else None
+        self.artefacts = {calibration: load_or_fit(calibration, model) for calibration in cell.method.calibrations}
         self._cell, self._network = cell, model.network
         self._row_bytes = model.network.row_bytes()
 
@@ -32,7 +31,7 @@ class Compressor:
         watch = Stopwatch(self._network.device)
         try:
             with watch:
-                plan = method.plan(replace(seen, artefact=self.artefact), allowance)
+                plan = method.plan(replace(seen, artefacts=self.artefacts), allowance)
                 cache = CompressedCache.pack(plan, seen)
         except Infeasible as error:
             error.explain(self._cell.label, self._cell.budget, full)

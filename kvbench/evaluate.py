@@ -79,7 +79,7 @@ class _Run:
             about = {
                 "model": {k: v for k, v in self.model.facts.items() if k not in ("device", "torch_threads")},
                 "data": self.cell.task.data_hash(),
-                "artefact": artefact.digest if (artefact := self.compressor.artefact) else None,
+                "artefacts": sorted(artefact.digest for artefact in self.compressor.artefacts.values()),
                 "storage": "decoded",  # rows are kept decoded between steps; bytes are those of the packed store
                 "hardware": {k: self.model.facts[k] for k in ("device", "torch_threads")},
             }

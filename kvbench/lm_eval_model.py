@@ -115,10 +115,11 @@ class KVBench(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval's results file says of the model, once everything has been asked."""
-        artefact, identity = self._compressor.artefact, self._cell.identity()
+        identity = self._cell.identity()
+        artefacts = sorted(artefact.digest for artefact in self._compressor.artefacts.values())
         return {
             "kvbench": {key: identity[key] for key in ("model", "method", "budget")}
-            | {"facts": self._model.facts, "artefact": artefact.digest if artefact else None}
+            | {"facts": self._model.facts, "artefacts": artefacts}
             | {"contexts": self._contexts, "bytes_held": self._held, "bytes_full": self._full}
         }
 

@@ -3,6 +3,7 @@
 A method says what it needs to see, and plans; it never touches a cache, a hook or a model class. Most write one of:
 
 - `scores`: the importance of each token; the default plan keeps the best ones, uniformly over layers and heads.
+- `allocate`: how many rows each layer and KV head gets, for the scores of any other method (see `Wrapper`).
 - `plan`: which tier each (layer, KV head, token) goes to, within the allowance.
 
 Methods that act in time add `step` (edits while decoding), `select` (rows a query reads) or `read` (an own prefill).
@@ -11,13 +12,18 @@ Methods that act in time add `step` (edits while decoding), `select` (rows a que
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvbench.budget import Allowance
-from kvbench.plan import Plan, keep_best
+from kvbench.errors import UsageError
+from kvbench.plan import Plan, equal_shares, keep_best
+from kvbench.plugins import build_method
 
 if TYPE_CHECKING:
     from kvbench.artefact import Calibration
@@ -34,6 +40,32 @@ class Axis(enum.Enum):
     READ = "bytes read per decoding step"
 
 
+class Scale(enum.Enum):
+    """What a scorer's numbers are good for."""
+
+    mass = "non-negative, adds up over tokens, comparable over heads: a share of attention"
+    rank = "only their order within a KV head counts"
+
+
+class Trust(enum.Enum):
+    """How far a method here is known to be the paper's."""
+
+    published = "a published figure was re-made"
+    parity = "the kept sets equal those of an independent reference"
+    paper = "written from the paper's formulas"
+    reconstructed = "details of the paper were inferred"
+
+
+class Family(enum.Enum):
+    reference = "a control"
+    scorer = "scores tokens, keeps the best"
+    allocator = "splits the budget over layers and KV heads, for any scorer"
+    codec = "stores tokens in fewer bytes"
+    router = "routes tokens among tiers"
+    merging = "merges tokens"
+    pattern = "keeps positions, whatever they hold"
+
+
 class Method:
     """A frozen dataclass; its fields are the options `method.<field>=` and part of a cell's identity.
 
@@ -44,8 +76,14 @@ class Method:
     axis: ClassVar[Axis] = Axis.HELD
     #: False: the budget is ignored, and a sweep over budgets holds this method once.
     budgeted: ClassVar[bool] = True
-    #: Scores are non-negative and add up over tokens (attention mass): what a utility router wants.
-    additive: ClassVar[bool] = False
+    #: What it is, how far to trust it, whether it looks at the last queries (and so at the question, if
+    #: `protocol=aware`), and what a compressed context holds: columns of every list of methods.
+    family: ClassVar[Family]
+    trust: ClassVar[Trust]
+    query_aware: ClassVar[bool] = False
+    holds: ClassVar[str] = "exact tokens"
+    #: Of `scores`. A router that adds scores up wants `mass`; others reach it through `routers.as_mass`.
+    scale: ClassVar[Scale] = Scale.rank
     #: `read` replaces the shared prefill.
     own_prefill: ClassVar[bool] = False
     #: `step` is called after every decoded token.
@@ -59,9 +97,9 @@ class Method:
         return frozenset()
 
     @property
-    def calibration(self) -> Calibration | None:
-        """What is fitted once per model, offline, and kept as an artefact; reaches `plan` as `seen.artefact`."""
-        return None
+    def calibrations(self) -> frozenset[Calibration]:
+        """What is fitted once per model, offline, and kept: reaches `scores` and `plan` as `seen.artefacts`."""
+        return frozenset()
 
     @property
     def protect(self) -> tuple[int, int]:
@@ -72,9 +110,19 @@ class Method:
         """The importance of each token of a layer; the higher the better."""
         raise NotImplementedError(f"{type(self).__name__} has neither scores nor a plan of its own")
 
+    def allocate(
+        self, seen: Seen, scores: Sequence[Float[Tensor, "kv_heads tokens"]], rows: int
+    ) -> Int[Tensor, "layers kv_heads"]:
+        """How many of `rows` exact rows each KV head of each layer may hold: at most `rows` in all, at least one each.
+
+        `rows` is never below one for each. The default is an equal share.
+        """
+        return equal_shares(seen, rows)
+
     def plan(self, seen: Seen, budget: Allowance) -> Plan:
         """Where every token goes. Raises `Infeasible` when even the smallest plan is over budget."""
-        return keep_best(seen, self.scores, budget, self.protect)
+        scores = [self.scores(seen, layer) for layer in range(len(seen.layers))]
+        return keep_best(seen, scores, budget, self.allocate, self.protect)
 
     # -- methods that act in time ----------------------------------------------------------------------------------
 
@@ -92,3 +140,38 @@ class Method:
     def select(self, state: Any, query: Float[Tensor, "heads new dim"], packed: PackedLayer) -> Bool[Tensor, ...]:
         """Which context rows each query reads (`selects`): (kv_heads or heads, new, context rows)."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Wrapper(Method):
+    """A method over the scores of another one, `base`; it scores as its base does unless it says otherwise."""
+
+    base: str = "snapkv"
+    base_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if type(self.scorer).scores is Method.scores:
+            raise UsageError(f"method.base={self.base} scores no tokens; choose a scorer such as snapkv")
+
+    @cached_property
+    def scorer(self) -> Method:
+        return build_method(self.base, **self.base_options)
+
+    @property
+    def scale(self) -> Scale:  # type: ignore[override]
+        return self.scorer.scale
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return self.scorer.needs
+
+    @property
+    def calibrations(self) -> frozenset[Calibration]:
+        return self.scorer.calibrations
+
+    @property
+    def protect(self) -> tuple[int, int]:
+        return self.scorer.protect
+
+    def scores(self, seen: Seen, layer: int) -> Float[Tensor, "kv_heads tokens"]:
+        return self.scorer.scores(seen, layer)

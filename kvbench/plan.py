@@ -7,7 +7,7 @@ token) to a tier, or to nothing. Methods make plans; `kvbench.cache.packed` turn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -186,21 +186,52 @@ def shrink(protect: tuple[int, int], keep: int, tokens: int) -> tuple[int, int]:
     return first, last
 
 
+Scores = Sequence[Float[Tensor, "kv_heads tokens"]]  # one tensor a layer
+Allocate = Callable[["Seen", Scores, int], Int[Tensor, "layers kv_heads"]]
+
+
 def keep_best(
-    seen: Seen,
-    scores: Callable[[Seen, int], Float[Tensor, "kv_heads tokens"]],
-    budget: Allowance,
-    protect: tuple[int, int] = (0, 0),
-    tier: Tier = EXACT,
+    seen: Seen, scores: Scores, budget: Allowance, allocate: Allocate, protect: tuple[int, int] = (0, 0)
 ) -> Plan:
-    """Equal bytes for every layer and KV head, filled with its best tokens, all in one tier."""
-    keep = uniform_rows(seen, budget, tier)
-    return Plan(
-        tuple(
-            LayerPlan((tier,), top_rows(scores(seen, i), min(keep, x.key.shape[1]), protect))
-            for i, x in enumerate(seen.layers)
-        )
-    )
+    """Each KV head's best tokens, exact, as many as `allocate` gives it."""
+    counts = allocated(seen, scores, budget, allocate).tolist()
+    return Plan(tuple(LayerPlan((EXACT,), _top(s, keep, protect)) for s, keep in zip(scores, counts, strict=True)))
+
+
+def allocated(seen: Seen, scores: Scores, budget: Allowance, allocate: Allocate) -> Int[Tensor, "layers kv_heads"]:
+    """Exact rows for each KV head of each layer, within the budget: where they differ, their counts are paid for.
+
+    Raises Infeasible if there isn't one row for each.
+    """
+    heads = [x.key.shape[0] for x in seen.layers]
+    payload, _ = EXACT.row_bytes(seen.dim, seen.dtype)
+    row = budget.charged(payload, 0)
+
+    def fill(metadata: int) -> Int[Tensor, "layers kv_heads"]:
+        spent = budget.charged(0, metadata)
+        if budget.limit - spent < row * sum(heads):
+            raise Infeasible(row * sum(heads), budget.limit)
+        most = torch.tensor([[x.key.shape[1]] for x in seen.layers])
+        rows = (budget.limit - spent) // row
+        if rows >= int((most.flatten() * torch.tensor(heads)).sum()):
+            return most.expand(-1, heads[0])
+        return allocate(seen, scores, rows).cpu().minimum(most)
+
+    counts = fill(0)
+    uneven = int((counts != counts[:, :1]).any(1).sum())
+    return fill(4 * sum(heads)) if uneven else counts
+
+
+def equal_shares(seen: Seen, rows: int) -> Int[Tensor, "layers kv_heads"]:
+    """The same number of rows for every KV head of every layer."""
+    layers, kv_heads = len(seen.layers), seen.layers[0].key.shape[0]
+    return torch.full((layers, kv_heads), rows // (layers * kv_heads))
+
+
+def _top(scores: Float[Tensor, "kv_heads tokens"], keep: list[int], protect: tuple[int, int]) -> Int8[Tensor, ...]:
+    if len(set(keep)) == 1:
+        return top_rows(scores, keep[0], protect)
+    return torch.cat([top_rows(head[None], count, protect) for head, count in zip(scores, keep, strict=True)])
 
 
 def uniform_rows(seen: Seen, budget: Allowance, tier: Tier) -> int:

@@ -40,7 +40,9 @@ def files(kind: str) -> dict[str, Path]:
 def summary(file: Path) -> str:
     """The first line of a plugin's class docstring, read without importing it."""
     for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.ClassDef) and {"Method", "Task"} & {ast.unparse(base) for base in node.bases}:
+        if isinstance(node, ast.ClassDef) and {"Method", "Wrapper", "Task"} & {
+            ast.unparse(base) for base in node.bases
+        }:
             return (ast.get_docstring(node) or "").partition("\n")[0]
     return ""
 

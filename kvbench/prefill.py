@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvbench.measure.clock import Stopwatch
 
 if TYPE_CHECKING:
-    from kvbench.artefact import Artefact
+    from kvbench.artefact import Artefact, Calibration
     from kvbench.cache.hf import Network
 
 
@@ -34,12 +33,19 @@ class Observed:
     scale: float
 
 
-class Statistic(ABC):
-    """A frozen dataclass. Gathered layer by layer while the context is read; equal statistics are gathered once."""
+class Statistic:
+    """A frozen dataclass: what is gathered of a context, one value a layer. Equal statistics are gathered once.
 
-    @abstractmethod
+    `observe` sees the layers while the context is read; `finish` may then feed further tokens (see `look_ahead`).
+    """
+
     def observe(self, state: Any, seen: Observed) -> Any:
-        """The layer's statistic after one more chunk; `state` is None at the first one."""
+        """The layer's value after one more chunk; `state` is None at the first one."""
+        return state
+
+    def finish(self, values: tuple[Any, ...], seen: Seen) -> tuple[Any, ...]:
+        """The values, layer by layer, once the context has been read; `seen` has no statistics yet."""
+        return values
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Seen:
     context_id: str = ""
     statistics: Mapping[Statistic, tuple[Any, ...]] = field(default_factory=dict)  # one value a layer
     seconds: Mapping[Statistic, float] = field(default_factory=dict)  # what gathering them took
-    artefact: Artefact | None = None  # of the method's own `calibration`
+    artefacts: Mapping[Calibration, Artefact] = field(default_factory=dict)  # of the method's `calibrations`
 
     @property
     def next_position(self) -> int:
@@ -183,11 +189,55 @@ class Reader:
             assert x.key is not None, f"layer {i} has not been run"
             assert x.value is not None
             layers.append(SeenLayer(x.key, x.value, self._positions.get(i, every)))
-        return Seen(
-            tuple(layers),
-            self.ids,
-            self.network,
-            self.context_id,
-            {s: tuple(r.observed[s] for r in self.recorders) for s in self._clocks},
-            {s: clock.seconds for s, clock in self._clocks.items()},
+        seen = Seen(tuple(layers), self.ids, self.network, self.context_id)
+        statistics = {}
+        for statistic, clock in self._clocks.items():
+            with clock:
+                statistics[statistic] = statistic.finish(tuple(r.observed[statistic] for r in self.recorders), seen)
+        return replace(seen, statistics=statistics, seconds={s: clock.seconds for s, clock in self._clocks.items()})
+
+
+class _Ahead:
+    """One layer of a look ahead: new tokens attend to the exact rows and, causally, to each other."""
+
+    def __init__(self, layer: int, rows: SeenLayer) -> None:
+        self.layer, self.rows = layer, rows
+        self.observed: Observed | None = None
+
+    def attend(
+        self,
+        query: Float[Tensor, "1 heads new dim"],
+        key: Float[Tensor, "1 kv_heads new dim"],
+        value: Float[Tensor, "1 kv_heads new dim"],
+        scale: float,
+    ) -> Float[Tensor, "1 heads new dim"]:
+        tokens, new = self.rows.key.shape[1], query.shape[2]
+        key, value = (
+            torch.cat([x[None].to(y.dtype), y], 2) for x, y in ((self.rows.key, key), (self.rows.value, value))
         )
+        self.observed = Observed(self.layer, query[0], key[0], value[0], tokens, tokens + new, scale)
+        mask = causal_lower_right(new, tokens + new)
+        return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+
+
+def look_ahead(
+    seen: Seen,
+    ids: Int[Tensor, " new"],
+    position: Int[Tensor, " new"] | None = None,
+    observe: Callable[[Observed], Any] = lambda observed: observed,
+) -> list[Any]:
+    """Feeds tokens after an exactly read context, and forgets them: what `observe` makes of each layer.
+
+    `position` is where they stand; by default right after the context. `seen` is not changed.
+    """
+    if position is None:
+        position = seen.next_position + torch.arange(len(ids), device=ids.device)
+    ahead = [_Ahead(i, rows) for i, rows in enumerate(seen.layers)]
+    found: list[Any] = []
+    hidden = seen.network.embed(ids)
+    for i, layer in enumerate(ahead):
+        hidden = seen.network.run_layer(i, hidden, position, layer)
+        assert layer.observed is not None
+        found.append(observe(layer.observed))
+        layer.observed = None
+    return found

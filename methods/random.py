@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvbench.method import Method
+from kvbench.method import Family, Method, Scale, Trust
 from kvbench.prefill import Seen
 
 
@@ -18,7 +18,9 @@ class Random(Method):
     `sinks` and `window` protect the first and last tokens: what a scorer adds is what it adds to that.
     """
 
-    additive: ClassVar[bool] = True
+    family: ClassVar[Family] = Family.reference
+    trust: ClassVar[Trust] = Trust.paper
+    scale: ClassVar[Scale] = Scale.mass
 
     seed: int = 0
     sinks: int = 0

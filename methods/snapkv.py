@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from kvbench.errors import UsageError
-from kvbench.method import Method
+from kvbench.method import Family, Method, Scale, Trust
 from kvbench.prefill import Seen, Statistic
 from kvbench.toolbox.statistics import WindowAttention
 
@@ -22,7 +22,10 @@ class SnapKV(Method):
     not seen the question.
     """
 
-    additive: ClassVar[bool] = True
+    family: ClassVar[Family] = Family.scorer
+    trust: ClassVar[Trust] = Trust.paper
+    query_aware: ClassVar[bool] = True
+    scale: ClassVar[Scale] = Scale.mass
 
     window: int = 64
     pool: int = 5

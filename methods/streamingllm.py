@@ -1,11 +1,12 @@
 """StreamingLLM."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from kvbench.method import Method
+from kvbench.method import Family, Method, Trust
 from kvbench.prefill import Seen
 
 
@@ -16,6 +17,9 @@ class StreamingLLM(Method):
     Differs: acts once, after the context is read, and keeps true positions (the paper rolls while decoding and numbers
     positions inside the cache).
     """
+
+    family: ClassVar[Family] = Family.pattern
+    trust: ClassVar[Trust] = Trust.paper
 
     sinks: int = 4
 

@@ -1,13 +1,13 @@
 """VECTOR."""
 
 import enum
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
 from kvbench.cache.codecs.base import Rows
 from kvbench.cache.codecs.exact import Exact
@@ -15,10 +15,9 @@ from kvbench.cache.codecs.from_key import FromKey
 from kvbench.cache.codecs.quant import Quant
 from kvbench.cache.layout import Layout, index_dtype
 from kvbench.errors import UsageError
-from kvbench.method import Method
+from kvbench.method import Family, Scale, Trust, Wrapper
 from kvbench.plan import EXACT, Infeasible, LayerPlan, Plan, Tier, keep_all, shrink
-from kvbench.plugins import build_method
-from kvbench.prefill import Seen, SeenLayer, Statistic
+from kvbench.prefill import Seen, SeenLayer
 from kvbench.toolbox.routers import paper_counts, paper_route, utility_route
 from kvbench.toolbox.value_maps import Features, Maps, ValueMaps
 
@@ -33,7 +32,7 @@ class Router(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Vector(Method):
+class Vector(Wrapper):
     """Retain, approximate (keep the key, estimate the value from it) or evict each token (VECTOR, arXiv 2605.23258).
 
     A plug-in for any eviction scorer (`base`). Reconstructed from a public reading note of the paper, not from its
@@ -45,8 +44,11 @@ class Vector(Method):
     task, on first use; they are shared by all contexts and reported as `bytes_shared`.
     """
 
-    base: str = "snapkv"
-    base_options: dict[str, Any] = field(default_factory=dict)
+    family: ClassVar[Family] = Family.router
+    trust: ClassVar[Trust] = Trust.reconstructed
+    query_aware: ClassVar[bool] = True
+    holds: ClassVar[str] = "exact tokens; keys whose values are estimated from them"
+
     router: Router = Router.utility
     features: Features = Features.key_token
     maps: Maps = Maps.head
@@ -57,23 +59,18 @@ class Vector(Method):
     calibration_tokens: int = 65536
 
     def __post_init__(self) -> None:
-        if type(self.scorer).scores is Method.scores:
-            raise UsageError(f"method.base={self.base} scores no tokens: VECTOR needs a scorer such as snapkv")
+        super().__post_init__()
         for name in ("key_bits", "retain_bits"):
             if getattr(self, name) not in (2, 4, 8, 16):
                 raise UsageError(f"method.{name}={getattr(self, name)} is not one of 2, 4, 8, 16")
 
-    @cached_property
-    def scorer(self) -> Method:
-        return build_method(self.base, **self.base_options)
-
     @property
-    def needs(self) -> frozenset[Statistic]:
-        return self.scorer.needs
-
-    @property
-    def calibration(self) -> ValueMaps:
+    def value_maps(self) -> ValueMaps:
         return ValueMaps(self.texts, self.calibration_tokens)
+
+    @property
+    def calibrations(self) -> frozenset[Calibration]:
+        return super().calibrations | {self.value_maps}
 
     def plan(self, seen: Seen, budget: Allowance) -> Plan:
         if budget.limit >= sum(x.key.nbytes + x.value.nbytes for x in seen.layers):
@@ -85,9 +82,8 @@ class Vector(Method):
 
     def _approximate(self, seen: Seen, layer: int) -> Tier:
         """The tier of a layer's approximated tokens."""
-        assert seen.artefact is not None
         name = f"{self.features.name}.{self.maps.name}.{layer}"
-        weight, bias = (seen.artefact.tensors[f"{name}.{part}"] for part in ("weight", "bias"))
+        weight, bias = (seen.artefacts[self.value_maps].tensors[f"{name}.{part}"] for part in ("weight", "bias"))
         table = seen.network.embeddings if self.features is Features.key_token else None
         key = Exact() if self.key_bits == 16 else _quant(self.key_bits)
         joint = self.maps is Maps.layer
@@ -135,7 +131,7 @@ class Vector(Method):
         if self.router is Router.paper:
             route = paper_route(scores, estimated, paper_counts(tokens, costs, limit), protected)
         else:
-            importance = scores if self.scorer.additive else _positive(scores)
+            importance = scores if self.scale is Scale.mass else _positive(scores)
             quality = [(1 - error / norm).clamp(0, 1) for error in (estimated, kept)]
             route = utility_route(importance, *quality, costs, limit, protected)
         return route.expand(kv_heads, -1)

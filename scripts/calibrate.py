@@ -23,15 +23,15 @@ def calibrate(configs: Sequence[Any], tell: Callable[[Exception], None]) -> None
 
     for config in configs:
         cell = convert(config).cell
-        calibration = cell.method.calibration
-        if calibration is None:
+        if not cell.method.calibrations:
             print(f"{cell.label} needs no calibration")
             continue
         model = load_model(cell.model)
-        artefact = load_or_fit(calibration, model)
-        print(location(calibration, model))
-        for variant, layers in artefact.header["held_out_r2"].items():
-            print(f"{variant:18} held-out R2 {fmean(map(fmean, layers)):.3f}, mean over layers and KV heads")
+        for calibration in cell.method.calibrations:
+            artefact = load_or_fit(calibration, model)
+            print(location(calibration, model))
+            for variant, layers in artefact.header.get("held_out_r2", {}).items():
+                print(f"{variant:18} held-out R2 {fmean(map(fmean, layers)):.3f}, mean over layers and KV heads")
 
 
 if __name__ == "__main__":

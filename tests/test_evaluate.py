@@ -286,7 +286,7 @@ def test_a_calibrated_cell_in_company_is_the_cell_alone(tmp_path: Path) -> None:
     run(company[1], tmp_path / "alone")
     assert timeless(records(company[1], tmp_path / "company")) == timeless(records(company[1], tmp_path / "alone"))
     assert records(company[1], tmp_path / "alone")[0]["bytes_shared"] > 0
-    assert header(company[1], tmp_path / "alone")["about"]["artefact"]
+    assert header(company[1], tmp_path / "alone")["about"]["artefacts"]
 
 
 def test_a_cell_joins_others_that_are_further(undisturbed: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -39,8 +39,7 @@ def see(method: Method, model: Model, tokens: int = TOKENS, chunk: int = 65536) 
         seen = method.read(Reader(network, ids, method.needs, "c"))
     else:
         seen = read_exactly(network, ids, method.needs, "c", chunk)
-    calibration = method.calibration
-    return replace(seen, artefact=load_or_fit(calibration, model)) if calibration else seen
+    return replace(seen, artefacts={c: load_or_fit(c, model) for c in method.calibrations})
 
 
 def pack(method: Method, seen: Seen, budget: str) -> tuple[Plan, CompressedCache]:
@@ -81,7 +80,7 @@ class TestEveryMethod:
         every = {need for name in METHODS for need in plugins.build_method(name).needs}
         if not method.own_prefill:
             company = read_exactly(tiny.network, ids_of(tiny.network, TOKENS), every, "c")
-            company = replace(company, artefact=see(method, tiny).artefact)
+            company = replace(company, artefacts=see(method, tiny).artefacts)
             shared = pack(method, company, "0.25")[0]
             assert all(torch.equal(a.route, b.route) for a, b in zip(plan.layers, shared.layers, strict=True))
         assert all(torch.equal(a.route, b.route) for a, b in zip(plan.layers, again.layers, strict=True))

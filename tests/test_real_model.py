@@ -125,7 +125,7 @@ def test_the_needle_is_found_and_lost(model: Model, tmp_path: Path, monkeypatch:
 
 def test_the_main_job_needs_no_network_and_leaves_its_records_alone(model: Model, tmp_path: Path) -> None:
     half = replace(model, config=replace(CONFIG, dtype="bfloat16"))
-    if not location(plugins.build_method("vector").calibration, half).exists():
+    if not location(plugins.build_method("vector").value_maps, half).exists():
         pytest.skip("VECTOR's maps are not fitted: run `python scripts/calibrate.py model=smollm2-135m`")
     guard, home, calls = tmp_path / "guard", tmp_path / "here", tmp_path / "network-calls"
     guard.mkdir()

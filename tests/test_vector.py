@@ -85,8 +85,7 @@ def test_the_paper_truncates_the_smallest_errors_of_its_pool() -> None:
 
 def seen_by(tiny: Model, method: Method) -> Seen:
     seen = read_exactly(tiny.network, ids_of(tiny.network, TOKENS), method.needs, "c")
-    assert method.calibration is not None
-    return replace(seen, artefact=load_or_fit(method.calibration, tiny))
+    return replace(seen, artefacts={c: load_or_fit(c, tiny) for c in method.calibrations})
 
 
 def plan_at(method: Method, seen: Seen, budget: str) -> Plan:
