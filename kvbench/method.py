@@ -84,6 +84,8 @@ class Method:
     holds: ClassVar[str] = "exact tokens"
     #: Of `scores`. A router that adds scores up wants `mass`; others reach it through `routers.as_mass`.
     scale: ClassVar[Scale] = Scale.rank
+    #: Comes in a few sizes and takes the largest that fits; others fill the budget to within a row per KV head.
+    fixed_rate: ClassVar[bool] = False
     #: `read` replaces the shared prefill.
     own_prefill: ClassVar[bool] = False
     #: `step` is called after every decoded token.
