@@ -125,6 +125,10 @@ class Network:
         """The input embedding table: the model's own weights."""
         return self._body.embed_tokens.weight
 
+    def output_projection(self, layer: int) -> Float[Tensor, "heads dim hidden"]:
+        """What a layer's attention output goes through, query head by query head; a view of the model's own weights."""
+        return self._body.layers[layer].self_attn.o_proj.weight.mT.unflatten(0, (self.heads, self.dim))
+
     def rope(self, position: Int[Tensor, ...]) -> tuple[Float[Tensor, "... dim"], Float[Tensor, "... dim"]]:
         """(cos, sin) of the rotary embedding, in float32, scaled as the model scales them."""
         cos, sin = self._body.rotary_emb(torch.empty(0, device=self.device), position[None])

@@ -6,9 +6,18 @@ import torch
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
+from kvbench.method import Scale
 from kvbench.plan import EVICTED
 
 RETAINED, APPROXIMATED = 0, 1
+
+
+def as_mass(scores: Float[Tensor, "kv_heads tokens"], scale: Scale) -> Float[Tensor, "kv_heads tokens"]:
+    """Scores as positive numbers that may be added up: where only their order counts, a softmax of the standardised."""
+    if scale is Scale.mass:
+        return scores
+    spread = scores.std(1, correction=0, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    return ((scores - scores.mean(1, keepdim=True)) / spread).softmax(1)
 
 
 def utility_route(
