@@ -164,8 +164,15 @@ def top_rows(
 
     Protection is by index, never by a large score, so it holds in any precision. It shrinks to half of `keep`.
     """
+    return _top(scores, keep, shrink(protect, keep, scores.shape[-1]))
+
+
+def _top(
+    scores: Float[Tensor, "kv_heads tokens"], keep: int, protected: tuple[int, int]
+) -> Int8[Tensor, "kv_heads tokens"]:
     tokens = scores.shape[-1]
-    first, last = shrink(protect, keep, tokens)
+    first = min(protected[0], keep)
+    last = min(protected[1], keep - first)
     route = torch.full_like(scores, EVICTED, dtype=torch.int8)
     route[:, :first] = 0
     route[:, tokens - last :] = 0
@@ -193,9 +200,21 @@ Allocate = Callable[["Seen", Scores, int], Int[Tensor, "layers kv_heads"]]
 def keep_best(
     seen: Seen, scores: Scores, budget: Allowance, allocate: Allocate, protect: tuple[int, int] = (0, 0)
 ) -> Plan:
-    """Each KV head's best tokens, exact, as many as `allocate` gives it."""
-    counts = allocated(seen, scores, budget, allocate).tolist()
-    return Plan(tuple(LayerPlan((EXACT,), _top(s, keep, protect)) for s, keep in zip(scores, counts, strict=True)))
+    """Each KV head's best tokens, exact, as many as `allocate` gives it.
+
+    Protection shrinks with the mean share, not with a head's own: a head of few rows holds the protected ones first.
+    """
+    counts = allocated(seen, scores, budget, allocate)
+    mean = int(counts.sum()) // counts.numel()
+    layers = []
+    for s, keep in zip(scores, counts.tolist(), strict=True):
+        protected = shrink(protect, mean, s.shape[-1])
+        if len(set(keep)) == 1:
+            route = _top(s, keep[0], protected)
+        else:
+            route = torch.cat([_top(head[None], count, protected) for head, count in zip(s, keep, strict=True)])
+        layers.append(LayerPlan((EXACT,), route))
+    return Plan(tuple(layers))
 
 
 def allocated(seen: Seen, scores: Scores, budget: Allowance, allocate: Allocate) -> Int[Tensor, "layers kv_heads"]:
@@ -207,10 +226,13 @@ def allocated(seen: Seen, scores: Scores, budget: Allowance, allocate: Allocate)
     payload, _ = EXACT.row_bytes(seen.dim, seen.dtype)
     row = budget.charged(payload, 0)
 
+    if budget.limit < row * sum(heads):
+        raise Infeasible(row * sum(heads), budget.limit)
+
     def fill(metadata: int) -> Int[Tensor, "layers kv_heads"]:
         spent = budget.charged(0, metadata)
         if budget.limit - spent < row * sum(heads):
-            raise Infeasible(row * sum(heads), budget.limit)
+            return equal_shares(seen, budget.limit // row)  # has no counts to pay for
         most = torch.tensor([[x.key.shape[1]] for x in seen.layers])
         rows = (budget.limit - spent) // row
         if rows >= int((most.flatten() * torch.tensor(heads)).sum()):
@@ -226,12 +248,6 @@ def equal_shares(seen: Seen, rows: int) -> Int[Tensor, "layers kv_heads"]:
     """The same number of rows for every KV head of every layer."""
     layers, kv_heads = len(seen.layers), seen.layers[0].key.shape[0]
     return torch.full((layers, kv_heads), rows // (layers * kv_heads))
-
-
-def _top(scores: Float[Tensor, "kv_heads tokens"], keep: list[int], protect: tuple[int, int]) -> Int8[Tensor, ...]:
-    if len(set(keep)) == 1:
-        return top_rows(scores, keep[0], protect)
-    return torch.cat([top_rows(head[None], count, protect) for head, count in zip(scores, keep, strict=True)])
 
 
 def uniform_rows(seen: Seen, budget: Allowance, tier: Tier) -> int:
