@@ -31,6 +31,7 @@ class Observed:
     start: int
     total: int  # tokens of the whole context
     scale: float
+    rope: Callable[[Int[Tensor, ...]], tuple[Tensor, Tensor]] | None = None  # (cos, sin) at any positions
 
 
 class Statistic:
@@ -98,11 +99,11 @@ class Recorder:
         self,
         layer: int,
         total: int,
-        dtype: torch.dtype,
+        network: Network,
         statistics: Iterable[Statistic],
         clocks: dict[Statistic, Stopwatch],
     ) -> None:
-        self.layer, self.total, self.dtype, self.clocks = layer, total, dtype, clocks
+        self.layer, self.total, self.network, self.clocks = layer, total, network, clocks
         self.key: Tensor | None = None
         self.value: Tensor | None = None
         self.observed: dict[Statistic, Any] = dict.fromkeys(statistics)
@@ -116,7 +117,7 @@ class Recorder:
         scale: float,
     ) -> Float[Tensor, "1 heads new dim"]:
         start = 0 if self.key is None else self.key.shape[1]
-        new_key, new_value = (x[0].to(self.dtype).contiguous() for x in (key, value))
+        new_key, new_value = (x[0].to(self.network.dtype).contiguous() for x in (key, value))
         if self.key is None or self.value is None:
             self.key, self.value = new_key, new_value
         else:
@@ -125,7 +126,7 @@ class Recorder:
         new = query.shape[2]
         mask = causal_lower_right(new, start + new) if start else None
         out = scaled_dot_product_attention(query, key, value, mask, is_causal=not start, scale=scale, enable_gqa=True)
-        self.last = Observed(self.layer, query[0], self.key, self.value, start, self.total, scale)
+        self.last = Observed(self.layer, query[0], self.key, self.value, start, self.total, scale, self.network.rope)
         for statistic in self.observed:
             with self.clocks[statistic]:
                 self.observed[statistic] = statistic.observe(self.observed[statistic], self.last)
@@ -161,7 +162,7 @@ class Reader:
         self.network, self.ids, self.context_id = network, ids, context_id
         statistics = list(statistics)
         self._clocks = {s: Stopwatch(network.device) for s in statistics}
-        self.recorders = [Recorder(i, len(ids), network.dtype, statistics, self._clocks) for i in range(network.layers)]
+        self.recorders = [Recorder(i, len(ids), network, statistics, self._clocks) for i in range(network.layers)]
         self._positions: dict[int, Tensor] = {}
 
     def embed(self) -> Float[Tensor, "tokens hidden"]:
