@@ -33,3 +33,20 @@ class WindowAttention(Statistic):
         weights = attention_weights(query, seen.key, seen.scale, mask).sum(1) / min(self.window, seen.total)
         total[:, :tokens] += weights
         return total
+
+
+@dataclass(frozen=True)
+class ColumnSums(Statistic):
+    """Attention that all queries of the context together pay to each token: (heads, tokens), float32, per layer.
+
+    Raw sums: a token is seen by itself and all later ones, so early tokens have had more chances.
+    """
+
+    def observe(self, state: Tensor | None, seen: Observed) -> Float[Tensor, "heads tokens"]:
+        total = torch.zeros(len(seen.query), seen.total, device=seen.query.device) if state is None else state
+        end = seen.start
+        for query in seen.query.split(256, dim=1):
+            end += query.shape[1]
+            mask = causal_mask(query.shape[1], end, query.device)
+            total[:, :end] += attention_weights(query, seen.key[:, :end], seen.scale, mask).sum(1)
+        return total
