@@ -15,7 +15,6 @@ from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell
 from kvbench.decode import feed, greedy
 from kvbench.errors import UsageError
-from kvbench.measure.clock import Stopwatch
 from kvbench.method import Method
 from kvbench.model import Model
 from kvbench.task import Context, Example
@@ -112,43 +111,52 @@ def ask_full(model: Model, full: CompressedCache, unit: Unit) -> dict[str, FullA
     found = {}
     for turn in unit.turns:
         fork, first = talk.ask(turn)
-        ids = _greedy(model, fork, first, turn.example)
+        [ids] = _greedy(model, [fork], [first], turn.example)
         found[turn.example.id] = FullAnswer(tuple(ids), _teacher_forced(model, fork, first, ids))
         talk.remember(turn.example, fork, ids)
     return found
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A cell's compressed context that is asked a unit's questions, and the examples that the cell has already."""
+
+    cell: Cell
+    cache: CompressedCache
+    done: Collection[str]
+
+
 def answers(
-    model: Model,
-    cache: CompressedCache,
-    cell: Cell,
-    unit: Unit,
-    asked: Mapping[str, FullAnswer],
-    done: Collection[str],
-) -> Iterator[tuple[Example, dict[str, Any]]]:
-    """Each example not yet `done` and what the compressed cache makes of it: its part of the record."""
-    talk = _Conversations(model, cache, cell.method, unit)
+    model: Model, asked: Sequence[Asked], unit: Unit, full: Mapping[str, FullAnswer]
+) -> Iterator[tuple[int, Example, dict[str, Any]]]:
+    """What each cell's cache (by its place in `asked`) makes of each example that the cell lacks: its part of a record.
+
+    The cells' free answers to a question advance together; all else is done cell by cell.
+    """
+    talks = [_Conversations(model, one.cache, one.cell.method, unit) for one in asked]
     for turn in unit.turns:
         example = turn.example
-        if example.id in done and example.id not in unit.followed:
-            continue
-        feeding, decoding = Stopwatch(model.network.device), Stopwatch(model.network.device)
-        with feeding:
-            fork, first = talk.ask(turn)
-        record = _fidelity(model, fork, first, example, asked[example.id])
-        record |= {"feed_s": feeding.seconds, "bytes_tail": fork.tail_bytes}
-        ids: Sequence[int] = ()
-        if example.choices:
-            record |= _choose(model, fork, first, cell, example)
-        elif cell.generate and cell.task.generates:
-            with decoding:
-                ids = _greedy(model, fork, first, example)
+        listening = [i for i, one in enumerate(asked) if example.id not in one.done or example.id in unit.followed]
+        forks, firsts, records = {}, {}, {}
+        for i in listening:
+            forks[i], firsts[i] = talks[i].ask(turn)
+            records[i] = _fidelity(model, forks[i], firsts[i], example, full[example.id])
+            records[i]["bytes_tail"] = forks[i].tail_bytes
+            if example.choices:
+                records[i] |= _choose(model, forks[i], firsts[i], asked[i].cell, example)
+        writing = [i for i in listening if not example.choices and asked[i].cell.generate]
+        writing = [i for i in writing if asked[i].cell.task.generates]
+        said: dict[int, list[int]] = {i: [] for i in listening}
+        greedily = _greedy(model, [forks[i] for i in writing], [firsts[i] for i in writing], example)
+        for i, ids in zip(writing, greedily, strict=True):
             text = model.writer.decode(ids)
-            record |= {"score": cell.task.score(example, text), "answer": text, "tokens_out": len(ids)}
-            record |= {"decode_s": decoding.seconds}
-        talk.remember(example, fork, ids)
-        if example.id not in done:
-            yield example, record
+            score = asked[i].cell.task.score(example, text)
+            records[i] |= {"score": score, "answer": text, "tokens_out": len(ids)}
+            said[i] = ids
+        for i in listening:
+            talks[i].remember(example, forks[i], said[i])
+            if example.id not in asked[i].done:
+                yield i, example, records[i]
 
 
 def ended_by(model: Model, stop: Sequence[str]) -> Callable[[Sequence[int]], bool]:
@@ -164,8 +172,14 @@ def ended_by(model: Model, stop: Sequence[str]) -> Callable[[Sequence[int]], boo
     return ended
 
 
-def _greedy(model: Model, fork: Fork, first: Float[Tensor, " vocabulary"], example: Example) -> list[int]:
-    return greedy(model.network, fork.fork(), first, ended_by(model, example.stop), example.max_new_tokens)
+def _greedy(
+    model: Model, forks: Sequence[Fork], firsts: Sequence[Float[Tensor, " vocabulary"]], example: Example
+) -> list[list[int]]:
+    if not forks:
+        return []
+    ended = ended_by(model, example.stop)
+    going_on = [fork.fork() for fork in forks]
+    return greedy(model.network, going_on, torch.stack(list(firsts)), ended, example.max_new_tokens, model.rows)
 
 
 def _fidelity(

@@ -27,6 +27,7 @@ class ModelConfig:
     device: str = "auto"  # auto: CUDA where there is one, else the CPU
     chat: bool = True  # wrap prompts in the tokenizer's chat template
     template: dict[str, Any] = dataclasses.field(default_factory=dict)  # extra arguments of the chat template
+    together: int = 8  # answers of several cells that are decoded in one batch, where that changes no bit of any
     prefill_chunk: int = 65536  # a longer context is read in chunks of this many tokens
 
     def identity(self) -> dict[str, Any]:

@@ -20,45 +20,96 @@ BLOCK = 512  # tokens fed at once: bounds the attention mask of a long question
 
 @dataclass(frozen=True)
 class _Rows:
-    """One layer of a batch: the linear layers see the batch, attention goes row by row, each over its own cache."""
+    """One layer of a batch: the linear layers see the batch, attention goes row by row, each over its own cache.
+
+    A batch may have more rows than there are caches: idle ones, for which nothing is attended.
+    """
 
     rows: Sequence[ForkLayer]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         parts = [row.attend(query[i], key[i], value[i], scale) for i, row in enumerate(self.rows)]
-        return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+        if len(query) == 1:
+            return parts[0][None]
+        return torch.stack(parts + [torch.zeros_like(parts[0])] * (len(query) - len(parts)))
 
 
 def feed(
-    network: Network, forks: Sequence[Fork], ids: Int[Tensor, "batch new"], last_only: bool = False
+    network: Network,
+    forks: Sequence[Fork],
+    ids: Int[Tensor, "batch new"],
+    last_only: bool = False,
+    rows: int = 1,
 ) -> Float[Tensor, "batch kept vocabulary"]:
     """Appends `ids[i]` to fork i and returns the logits of all new tokens, or of the last one.
 
-    Forks of one method; a method that acts while decoding gets the tokens one by one, as it would decode them.
+    A method that acts while decoding gets the tokens one by one, as it would decode them. The linear layers see at
+    least `rows` rows, the idle ones of which are dropped; see `rows_together`.
     """
     block = 1 if any(fork.method.steps for fork in forks) else BLOCK
+    idle = max(rows - len(forks), 0)
     kept = []
     for part in ids.split(block, dim=1):
         offset = torch.arange(part.shape[1], device=ids.device)
-        position = torch.stack([fork.next_position + offset for fork in forks])
+        position = torch.stack([fork.next_position + offset for fork in forks] + [offset] * idle)
         layers = [_Rows([fork.layers[i] for fork in forks]) for i in range(network.layers)]
-        kept.append(network.hidden(part, position, layers))
+        kept.append(network.hidden(torch.nn.functional.pad(part, (0, 0, 0, idle)), position, layers))
         for fork, row in zip(forks, part, strict=True):
             fork.advance(row)
     hidden = kept[-1][:, -1:] if last_only else torch.cat(kept, 1)
-    return network.logits(hidden)
+    return network.logits(hidden)[: len(forks)]
 
 
 def greedy(
     network: Network,
-    fork: Fork,
-    logits: Float[Tensor, " vocabulary"],
+    forks: Sequence[Fork],
+    logits: Float[Tensor, "batch vocabulary"],
     ended: Callable[[Sequence[int]], bool],
     max_new_tokens: int,
-) -> list[int]:
-    """The greedy answer that `logits` (of the prompt's last token) begins, up to the token that ended it."""
-    answer = [int(logits.argmax())]
-    while not ended(answer) and len(answer) < max_new_tokens:
-        token = torch.tensor([[answer[-1]]], device=logits.device)
-        answer.append(int(feed(network, [fork], token, last_only=True)[0, -1].argmax()))
-    return answer
+    rows: int = 1,
+) -> list[list[int]]:
+    """The greedy answers that `logits` (of the prompt's last token) begin, each up to the token that ended it.
+
+    `rows` answers advance at a time, each in a batch of exactly `rows` rows.
+    """
+    found = [[token] for token in logits.argmax(-1).tolist()]
+    going = [i for i, answer in enumerate(found) if not ended(answer)]
+    for _ in range(max_new_tokens - 1):
+        for start in range(0, len(going), rows):
+            part = going[start : start + rows]
+            last = torch.tensor([[found[i][-1]] for i in part], device=logits.device)
+            step = feed(network, [forks[i] for i in part], last, last_only=True, rows=rows)
+            for i, token in zip(part, step[:, -1].argmax(-1).tolist(), strict=True):
+                found[i].append(token)
+        going = [i for i in going if not ended(found[i])]
+    return found
+
+
+class _NoCache:
+    """Attention that passes the queries on: what is left of a model are its linear layers."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return query
+
+
+@torch.inference_mode()
+def rows_together(network: Network, rows: int) -> int:
+    """How many answers may advance in one batch here without changing a bit of any: `rows`, or 1.
+
+    Matrix products of different heights round differently on most machines, so an answer alone decodes in a batch of
+    `rows` too, idle rows beside it. What has to hold, and is tried here, is that a row's logits depend neither on its
+    place nor on the other rows.
+    """
+    ids = (torch.arange(rows, device=network.device) * 97 + 11)[:, None] % network.vocabulary
+
+    def logits(batch: Tensor) -> Tensor:
+        position = torch.arange(len(batch), device=batch.device)[:, None]
+        return network.logits(network.hidden(batch, torch.zeros_like(position), [_NoCache()] * network.layers))
+
+    together = logits(ids)
+    for i in {0, rows // 2, rows - 1}:
+        alone = torch.zeros_like(ids)
+        alone[0] = ids[i]
+        if not torch.equal(logits(alone)[0], together[i]):
+            return 1
+    return rows

@@ -177,10 +177,10 @@ class KVBench(TemplateLM):
             seen = method.read(Reader(self._network, tokens, method.needs, name))
         else:
             seen = read_exactly(self._network, tokens, method.needs, name, self._cell.model.prefill_chunk)
-        cache, facts = self._compressor.compress(seen)
+        _, cache = self._compressor.compress(seen)
         self._contexts += 1
-        self._held += facts["bytes_held"]
-        self._full += facts["bytes_full"]
+        self._held += cache.nbytes
+        self._full += self._network.row_bytes() * len(ids)
         return cache
 
     def _weigh(self, cache: CompressedCache | None, last: int, continuation: Ids) -> tuple[float, bool]:
@@ -200,7 +200,9 @@ class KVBench(TemplateLM):
         fork = Fork(cache, self._cell.method)
         token = torch.tensor([[last]], device=self._network.device)
         first = feed(self._network, [fork], token, last_only=True)[0, -1]
-        return self._model.writer.decode(greedy(self._network, fork, first, ended_by(self._model, until), most))
+        ended = ended_by(self._model, until)
+        [answer] = greedy(self._network, [fork], first[None], ended, most, self._model.rows)
+        return self._model.writer.decode(answer)
 
     def _cut(self, ids: Ids, most: int) -> Ids:
         if len(ids) > most:

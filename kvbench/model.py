@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 from kvbench import fetch
 from kvbench.cache.hf import Network, check_supported
 from kvbench.cell import ModelConfig
+from kvbench.decode import rows_together
 from kvbench.errors import UsageError
 from kvbench.prompt import Writer
 
@@ -26,6 +28,11 @@ class Model:
     writer: Writer
     stop: frozenset[int]  # end-of-turn token ids
     facts: dict[str, Any]
+
+    @cached_property
+    def rows(self) -> int:
+        """How many answers advance in one batch; 1 where company would change them."""
+        return rows_together(self.network, self.config.together)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""A cell's folder: `header.json` says how its records were made, `examples.jsonl` holds them, one line each.
+"""A cell's folder: `header.json` says how its records were made, `examples.jsonl` holds them, one line each, and
+`timing.jsonl` the seconds and peak memory of the few examples that were timed alone.
 
 The header is written first (`status: running`) and replaced atomically; `done` comes last. A line is on disk before the
 next example starts, so a process killed at any moment loses at most the example it was working on.
@@ -18,13 +19,14 @@ from types import TracebackType
 from typing import Any
 
 from kvbench import provenance
-from kvbench.cell import Cell
+from kvbench.cell import Cell, Settings
 from kvbench.errors import UsageError
 
-FORMAT = 1  # of a cell's folder; raise it when older records can no longer be read the same way
+FORMAT = 2  # of a cell's folder; raise it when older records can no longer be read the same way
 
 HEADER = "header.json"
 EXAMPLES = "examples.jsonl"
+TIMING = "timing.jsonl"
 
 
 class CellStore:
@@ -39,14 +41,22 @@ class CellStore:
     A block left without `finish` or `fail` leaves `status: running`, exactly as a killed process does.
     """
 
-    def __init__(self, folder: Path, header: dict[str, Any], records: list[dict[str, Any]], lock: int, file: int):
-        """Use `open`. `lock` and `file` are descriptors that this store closes."""
+    def __init__(self, folder: Path, header: dict[str, Any], examples: _Lines, timing: _Lines, lock: int):
+        """Use `open`. `lock` is a descriptor that this store closes."""
         self.folder = folder
         self.header = header
-        self.records = records  # in file order
-        self.done = {record["id"] for record in records}
+        self._examples, self._timing = examples, timing
         self._lock = lock
-        self._file = file
+
+    @property
+    def done(self) -> set[str]:
+        """The examples that have a record."""
+        return self._examples.ids
+
+    @property
+    def timed(self) -> set[str]:
+        """The examples that were timed."""
+        return self._timing.ids
 
     @classmethod
     def open(cls, cell: Cell, results: Path, about: dict[str, Any], limit: int | None, redo: bool = False) -> CellStore:
@@ -62,29 +72,28 @@ class CellStore:
         with _disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        file = -1
+        files: list[_Lines] = []
         try:
             _take(lock, folder)
             if redo:
                 # The examples go first: if this process is killed in between, `is_done` sees that they are missing.
                 with _disk(folder):
                     (folder / EXAMPLES).unlink(missing_ok=True)
+                    (folder / TIMING).unlink(missing_ok=True)
                     (folder / HEADER).unlink(missing_ok=True)
             facts = json.loads(json.dumps({key: value for key, value in about.items() if key != "hardware"}))
-            records, length = _parse(folder / EXAMPLES)
-            header = _continued(folder, cell, facts, started=bool(records))
-            with _disk(folder / EXAMPLES):
-                file = os.open(folder / EXAMPLES, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                os.ftruncate(file, length)  # cuts off the torn line of a killed process
+            header = _continued(folder, cell, facts, started=bool(_parse(folder / EXAMPLES)[0]))
+            files.append(_Lines(folder / EXAMPLES))
+            files.append(_Lines(folder / TIMING))
             segment = provenance.segment()
             segment["hardware"] |= about.get("hardware", {})
             header["segments"].append({"started": _now(), "limit": limit, "first_example": None} | segment)
-            store = cls(folder, header, records, lock, file)
+            store = cls(folder, header, files[0], files[1], lock)
             store._save(status="running")
             return store
         except BaseException:
-            if file >= 0:
-                os.close(file)
+            for file in files:
+                file.close()
             os.close(lock)
             raise
 
@@ -94,7 +103,8 @@ class CellStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)
+        self._examples.close()
+        self._timing.close()
         os.close(self._lock)
 
     def append(self, record: dict[str, Any]) -> None:
@@ -102,32 +112,27 @@ class CellStore:
 
         Raises UsageError when the disk refuses; the file then ends with the example before.
         """
-        record = _finite(record)
-        if record["id"] in self.done:
-            raise ValueError(f"{self.folder} already has example {record['id']}")
         segment = self.header["segments"][-1]
         if segment["first_example"] is None:
             # Before the example itself: no record is ever without the segment that made it.
             segment["first_example"] = record["id"]
             self._save()
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        with _disk(self.folder / EXAMPLES):
-            length = os.fstat(self._file).st_size
-            try:
-                _write(self._file, line)
-            except BaseException:
-                os.ftruncate(self._file, length)
-                raise
-        self.records.append(record)
-        self.done.add(record["id"])
+        self._examples.append(record)
 
-    def finish(self, exhausted: bool) -> None:
-        """Marks the cell done. `exhausted`: the task has no further example, so no larger limit would add one."""
-        self._save(status="done", examples=len(self.records), exhausted=exhausted, finished=_now())
+    def append_timing(self, record: dict[str, Any]) -> None:
+        """Adds the seconds of an example, and the segment (the process) that measured them."""
+        self._timing.append(record | {"segment": len(self.header["segments"]) - 1})
+
+    def finish(self, exhausted: bool, timed: int = 0) -> None:
+        """Marks the cell done. `exhausted`: the task has no further example, so no larger limit would add one.
+
+        `timed` is how many examples were to be timed.
+        """
+        self._save(status="done", examples=len(self.done), exhausted=exhausted, timed=timed, finished=_now())
 
     def fail(self, reason: str, status: str = "failed") -> None:
         """Marks the cell as ended without a full result (another such status: `infeasible`); `open` continues it."""
-        self._save(status=status, examples=len(self.records), reason=reason, finished=_now())
+        self._save(status=status, examples=len(self.done), reason=reason, finished=_now())
 
     def _save(self, **changes: Any) -> None:
         self.header.update(changes)
@@ -141,9 +146,41 @@ class CellStore:
             os.replace(temporary, path)
 
 
+class _Lines:
+    """A file of records, one JSON object a line, each with an `id` of its own; a torn last line is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        records, length = _parse(path)
+        self.ids = {record["id"] for record in records}
+        with _disk(path):
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._file, length)
+
+    def append(self, record: dict[str, Any]) -> None:
+        if record["id"] in self.ids:
+            raise ValueError(f"{self._path} already has example {record['id']}")
+        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        with _disk(self._path):
+            length = os.fstat(self._file).st_size
+            try:
+                _write(self._file, line)
+            except BaseException:
+                os.ftruncate(self._file, length)
+                raise
+        self.ids.add(record["id"])
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
 def read_cell(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A cell's header and records, whatever its status; changes nothing. A torn last line is left out."""
-    return _read_header(folder), _parse(folder / EXAMPLES)[0]
+    """A cell's header and records, whatever its status; changes nothing. A torn last line is left out.
+
+    The records of examples that were timed have the fields of their timing too.
+    """
+    timing = {record["id"]: record for record in _parse(folder / TIMING)[0]}
+    return _read_header(folder), [record | timing.get(record["id"], {}) for record in _parse(folder / EXAMPLES)[0]]
 
 
 def cells(results: Path) -> Iterator[Path]:
@@ -151,15 +188,17 @@ def cells(results: Path) -> Iterator[Path]:
     yield from sorted(header.parent for header in results.glob(f"*/*/*/{HEADER}"))
 
 
-def is_done(cell: Cell, results: Path, limit: int | None) -> bool:
-    """Whether nothing is left to do for `limit` examples (None: all the task has)."""
-    folder = cell.folder(results)
+def is_done(cell: Cell, settings: Settings) -> bool:
+    """Whether nothing is left to do for the examples that are wanted, and their timing."""
+    folder = cell.folder(settings.results)
     if not (folder / HEADER).exists():
         return False
     header = _read_header(folder)
     if header["status"] != "done" or header["examples"] != len(_parse(folder / EXAMPLES)[0]):
         return False
-    return header["exhausted"] or (limit is not None and header["examples"] >= limit)
+    if header["timed"] < settings.timed:
+        return False
+    return header["exhausted"] or (settings.limit is not None and header["examples"] >= settings.limit)
 
 
 def _take(lock: int, folder: Path) -> None:

@@ -36,7 +36,7 @@ CONFIG = ModelConfig(name="tiny", path="tiny", dtype="float32")
 FACTS = {"weights": "random-0", "device": "cpu", "torch_threads": torch.get_num_threads()}
 NAMES = """id context_id cluster_id score answer answer_nll kl_full agree_full bytes_held bytes_full bytes_budget
 bytes_payload bytes_metadata bytes_shared bytes_tail tokens_context tokens_kept tokens_target tokens_out tokens_out_full
-tiers prefill_s compress_s ttft_s decode_s info"""
+tiers info"""
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,6 @@ def header(one: Cell, results: Path) -> dict[str, Any]:
     return read_cell(one.folder(results))[0]
 
 
-def timeless(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if not key.endswith("_s")} for record in found]
-
-
 def written(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -118,7 +114,7 @@ def undisturbed(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> list[d
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "load_model", lambda config: tiny)
         run(cell(), results)
-    return timeless(records(cell(), results))
+    return records(cell(), results)
 
 
 # -- what a record says ------------------------------------------------------------------------------------------------
@@ -142,9 +138,6 @@ def test_a_record_has_every_name_that_scripts_rely_on(tiny: Model, tmp_path: Pat
         assert 1 <= record["tokens_out"] <= 5
         assert record["kl_full"] > 0
         assert 0 <= record["agree_full"] <= 1
-        times = [record[name] for name in ("prefill_s", "compress_s", "ttft_s", "decode_s")]
-        assert all(second > 0 for second in times)
-        assert record["ttft_s"] > record["prefill_s"] + record["compress_s"]
     done = header(cell(), tmp_path)
     assert (done["status"], done["examples"], done["exhausted"]) == ("done", 8, True)
 
@@ -163,7 +156,7 @@ def test_budget_1_is_the_full_cache_bit_for_bit(method: str, tmp_path: Path) -> 
     one, full = (cell(name, "1", task=Toy(2)) for name in (method, "full"))
     run(one, tmp_path)
     run(full, tmp_path)
-    assert timeless(records(one, tmp_path)) == timeless(records(full, tmp_path))
+    assert records(one, tmp_path) == records(full, tmp_path)
 
 
 def test_without_an_answer_nll_and_kl_stay_the_same(undisturbed: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -171,8 +164,7 @@ def test_without_an_answer_nll_and_kl_stay_the_same(undisturbed: list[dict[str, 
     run(silent, tmp_path)
     gone = {"score", "answer", "tokens_out"}
     expected = [{key: value for key, value in record.items() if key not in gone} for record in undisturbed]
-    assert timeless(records(silent, tmp_path)) == expected
-    assert "decode_s" not in records(silent, tmp_path)[0]
+    assert records(silent, tmp_path) == expected
 
 
 def test_protocols_read_the_same_tokens_and_compress_other_ones(tiny: Model, tmp_path: Path) -> None:
@@ -259,6 +251,59 @@ def test_kl_agreement_and_nll_of_an_evicted_cache_by_hand(tiny: Model, tmp_path:
         assert record["answer_nll"] == pytest.approx(expected, abs=1e-4)
 
 
+# -- seconds and peak memory -------------------------------------------------------------------------------------------
+
+TIMES = {"prefill_s", "statistics_s", "compress_s", "ttft_s", "tpot_s", "bytes_peak", "segment"}
+
+
+def timing(one: Cell, results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (one.folder(results) / "timing.jsonl").read_text().splitlines()]
+
+
+def test_the_first_examples_are_timed_alone_and_no_record_changes(
+    undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    company = [cell(), cell("streamingllm", "0.5"), cell("full")]
+    evaluate.run_cells(company, Settings(tmp_path, timed=3))
+    lines = (company[0].folder(tmp_path) / "examples.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == undisturbed
+    defined = set(re.findall(r"`(\w+)`", (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()))
+    for one in company:
+        found = timing(one, tmp_path)
+        assert [record.pop("id") for record in found] == ["toy-0-0-0", "toy-0-1-0", "toy-0-2-0"]  # first questions
+        for record in found:
+            assert set(record) == TIMES <= defined
+            assert (record["statistics_s"] > 0) == (one is company[0])  # only SnapKV asks for one
+            assert min(record["prefill_s"], record["compress_s"], record["tpot_s"]) > 0
+            assert record["ttft_s"] > record["prefill_s"] + record["statistics_s"] + record["compress_s"]
+            assert record["bytes_peak"] > 2**20
+            assert record["segment"] == 0
+    assert [record["id"] for record in records(cell(), tmp_path) if "tpot_s" in record] == [
+        "toy-0-0-0",
+        "toy-0-1-0",
+        "toy-0-2-0",
+    ]
+
+
+def test_timing_is_continued_and_added_to_finished_cells(
+    undisturbed: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(cell(), tmp_path)
+    assert timing(cell(), tmp_path) == []
+    stop = Stop(monkeypatch, CellStore, "append_timing")
+    stop.at = 2
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run_cells([cell()], Settings(tmp_path, timed=2))
+    stop.at = 0
+    assert header(cell(), tmp_path)["status"] == "running"
+    evaluate.run_cells([cell()], Settings(tmp_path, timed=2))
+    assert [record["segment"] for record in timing(cell(), tmp_path)] == [1, 2]
+    assert header(cell(), tmp_path)["status"] == "done"
+    monkeypatch.setattr(evaluate, "load_model", refuse_to_load)
+    evaluate.run_cells([cell()], Settings(tmp_path, timed=2))  # nothing to do
+    assert [{k: v for k, v in r.items() if k not in TIMES} for r in records(cell(), tmp_path)] == undisturbed
+
+
 # -- alone, in company, interrupted ------------------------------------------------------------------------------------
 
 
@@ -276,7 +321,7 @@ def test_a_cell_in_company_is_the_cell_alone(protocol: str, tmp_path: Path) -> N
     run(company, tmp_path / "company")
     for one in company:
         run(one, tmp_path / "alone")
-        assert timeless(records(one, tmp_path / "company")) == timeless(records(one, tmp_path / "alone"))
+        assert records(one, tmp_path / "company") == records(one, tmp_path / "alone")
 
 
 @pytest.mark.usefixtures("own_cache", "corpora")
@@ -284,7 +329,7 @@ def test_a_calibrated_cell_in_company_is_the_cell_alone(tmp_path: Path) -> None:
     company = [cell("snapkv", task=Toy(2)), cell("vector", task=Toy(2)), cell("vector", "0.6", task=Toy(2))]
     run(company, tmp_path / "company")
     run(company[1], tmp_path / "alone")
-    assert timeless(records(company[1], tmp_path / "company")) == timeless(records(company[1], tmp_path / "alone"))
+    assert records(company[1], tmp_path / "company") == records(company[1], tmp_path / "alone")
     assert records(company[1], tmp_path / "alone")[0]["bytes_shared"] > 0
     assert header(company[1], tmp_path / "alone")["about"]["artefacts"]
 
@@ -293,7 +338,7 @@ def test_a_cell_joins_others_that_are_further(undisturbed: list[dict[str, Any]],
     run(cell("random"), tmp_path)
     run(cell(), tmp_path, limit=3)
     run([cell("random"), cell("full"), cell()], tmp_path)
-    assert timeless(records(cell(), tmp_path)) == undisturbed
+    assert records(cell(), tmp_path) == undisturbed
     assert len(records(cell("full"), tmp_path)) == 8
     assert len(header(cell("random"), tmp_path)["segments"]) == 1  # was finished: left alone
 
@@ -335,14 +380,14 @@ def test_an_interrupted_run_continues_to_the_same_records(
                 if written(results):
                     found = read_cell(cell().folder(results))
                     assert found[0]["status"] == "running"
-                    assert timeless(found[1]) == undisturbed[: len(found[1])]
+                    assert found[1] == undisturbed[: len(found[1])]
                 if interruptions == 4:
                     stop.at = 0
                     run(cell(), results)
                     break
             else:
                 break
-        assert timeless(records(cell(), results)) == undisturbed
+        assert records(cell(), results) == undisturbed
         assert header(cell(), results)["status"] == "done"
 
 
@@ -370,11 +415,11 @@ def test_a_killed_process_is_continued_to_the_same_records(
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert header(cell(), tmp_path)["status"] == "running"
-    assert timeless(records(cell(), tmp_path)) == undisturbed[:5]
+    assert records(cell(), tmp_path) == undisturbed[:5]
     with (cell().folder(tmp_path) / "examples.jsonl").open("a") as file:
         file.write('{"id": "toy-0-2-1", "sco')  # a line that the kill cut in two
     run(cell(), tmp_path)
-    assert timeless(records(cell(), tmp_path)) == undisturbed
+    assert records(cell(), tmp_path) == undisturbed
     segments = header(cell(), tmp_path)["segments"]
     assert [segment["first_example"] for segment in segments] == ["toy-0-0-0", "toy-0-2-1"]
 
@@ -388,7 +433,7 @@ def test_a_larger_limit_continues(
 ) -> None:
     for limit in limits:
         run(cell(), tmp_path, limit)
-        assert timeless(records(cell(), tmp_path)) == undisturbed[:limit]
+        assert records(cell(), tmp_path) == undisturbed[:limit]
         found = header(cell(), tmp_path)
         assert found["examples"] == (limit or 8)
         assert found["exhausted"] == ((limit or 8) == 8)
@@ -426,7 +471,7 @@ def test_a_finished_cell_is_run_again_only_if_asked(
     calls = Stop(monkeypatch, Toy, "score")
     run(cell(), tmp_path, limit, redo=True)
     assert calls.calls == (limit or 8)
-    assert timeless(records(cell(), tmp_path)) == undisturbed[:limit]
+    assert records(cell(), tmp_path) == undisturbed[:limit]
     assert len(header(cell(), tmp_path)["segments"]) == 1
 
 

@@ -201,7 +201,7 @@ def test_every_family_reproduces_stock_transformers(name: str) -> None:
         fork = Fork(full_cache(network, ids[:TOKENS]), Method())
         logits = feed(network, [fork], ids[None, TOKENS:])
         torch.testing.assert_close(logits, stock(ids[None]).logits[:, TOKENS:], atol=1e-4, rtol=0)
-        answer = greedy(network, fork, logits[0, -1], lambda _: False, 8)
+        [answer] = greedy(network, [fork], logits[:, -1], lambda _: False, 8)
         mask = torch.ones(1, len(ids), dtype=torch.long)
         expected = stock.generate(
             ids[None], attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0

@@ -98,7 +98,7 @@ def test_budget_1_reproduces_stock_transformers(model: Model) -> None:
         fork = Fork(cache, method)
         logits = feed(model.network, [fork], fed[None])
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-        answer = greedy(model.network, fork, logits[0, -1], lambda _: False, 16)
+        [answer] = greedy(model.network, [fork], logits[:, -1], lambda _: False, 16)
         out = stock.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, eos_token_id=None
         )

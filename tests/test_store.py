@@ -21,7 +21,7 @@ import pytest
 from kvbench import cell as cells_module
 from kvbench import provenance, store
 from kvbench.budget import Budget
-from kvbench.cell import Cell, ModelConfig
+from kvbench.cell import Cell, ModelConfig, Settings
 from kvbench.errors import UsageError
 from kvbench.store import CellStore, cells, is_done, read_cell
 
@@ -70,7 +70,7 @@ def append_for_ever(results: Path) -> None:
     signal.alarm(30)
     with CellStore.open(a_cell(), results, ABOUT, None) as opened:
         print("open", flush=True)
-        for index in itertools.count(len(opened.records)):
+        for index in itertools.count(len(opened.done)):
             opened.append(record(index))
 
 
@@ -93,7 +93,7 @@ def test_numbers_json_has_no_word_for_become_null(tmp_path: Path) -> None:
     with CellStore.open(a_cell(), tmp_path, ABOUT, None) as opened:
         opened.append({"id": "a", "kl_full": math.nan, "tiers": {"exact": [math.inf, 1.0]}})
     expected = {"id": "a", "kl_full": None, "tiers": {"exact": [None, 1.0]}}
-    assert opened.records == [expected]
+    assert opened.done == {expected["id"]}
     assert read_cell(opened.folder)[1] == [expected]
 
 
@@ -170,7 +170,7 @@ def test_an_exception_leaves_the_cell_running_and_unlocked(tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert read_cell(a_cell().folder(tmp_path))[0]["status"] == "running"
-    assert not is_done(a_cell(), tmp_path, 1)
+    assert not is_done(a_cell(), Settings(tmp_path, 1))
     assert len(read_cell(write(tmp_path, range(2)))[0]["segments"]) == 2
 
 
@@ -195,7 +195,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     process.kill()
     process.communicate()
     with CellStore.open(a_cell(), tmp_path, ABOUT, None) as opened:  # the lock died with its owner
-        assert opened.records
+        assert opened.done
         with pytest.raises(UsageError, match="another process"):
             CellStore.open(a_cell(), tmp_path, ABOUT, None)
 
@@ -207,9 +207,9 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     for attempt in (
         lambda: CellStore.open(a_cell(), tmp_path, ABOUT, None),
         lambda: read_cell(path.parent),
-        lambda: is_done(a_cell(), tmp_path, 1),
+        lambda: is_done(a_cell(), Settings(tmp_path, 1)),
     ):
-        with pytest.raises(UsageError, match=r"^.*has format 7, .*format 1; use another results= folder$") as caught:
+        with pytest.raises(UsageError, match=r"^.*has format 7, .*format 2; use another results= folder$") as caught:
             attempt()
         assert str(path.parent) in str(caught.value)
     assert path.read_bytes() == before
@@ -247,7 +247,7 @@ def test_redo_starts_over(tmp_path: Path) -> None:
     folder = write(tmp_path, range(3))
     (folder / store.HEADER).write_text("broken")
     with CellStore.open(a_cell(), tmp_path, {"weights_hash": "new"}, None, redo=True) as opened:
-        assert opened.records == []
+        assert not opened.done
         assert opened.done == set()
         opened.append(record(9))
     header, records = read_cell(folder)
@@ -257,13 +257,13 @@ def test_redo_starts_over(tmp_path: Path) -> None:
 
 
 def test_done_means_nothing_left_to_do(tmp_path: Path) -> None:
-    assert not is_done(a_cell(), tmp_path, 0)
+    assert not is_done(a_cell(), Settings(tmp_path, 0))
     folder = write(tmp_path, range(3), limit=3)
-    assert [is_done(a_cell(), tmp_path, limit) for limit in (2, 3, 4, None)] == [True, True, False, False]
+    assert [is_done(a_cell(), Settings(tmp_path, limit)) for limit in (2, 3, 4, None)] == [True, True, False, False]
     write(tmp_path, range(3), exhausted=True)
-    assert [is_done(a_cell(), tmp_path, limit) for limit in (2, 3, 4, None)] == [True, True, True, True]
+    assert [is_done(a_cell(), Settings(tmp_path, limit)) for limit in (2, 3, 4, None)] == [True, True, True, True]
     (folder / store.EXAMPLES).unlink()  # `redo` killed at the worst moment
-    assert not is_done(a_cell(), tmp_path, None)
+    assert not is_done(a_cell(), Settings(tmp_path, None))
 
 
 def test_a_larger_limit_continues(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from kvbench.cache.codecs.from_key import token_features
 from kvbench.cache.rope import unrotate
 from kvbench.corpora import documents
 from kvbench.errors import UsageError
-from kvbench.measure.progress import progress
+from kvbench.measure.progress import Progress
 from kvbench.prefill import Seen, read_exactly
 
 if TYPE_CHECKING:
@@ -62,12 +62,11 @@ class ValueMaps(Calibration):
         digest = hashlib.sha256()
         count = max(self.tokens // self.sequence, 2)
         fold = min(5, count)
-        with torch.inference_mode(), progress() as bar:
-            job = bar.add_task(f"fitting value maps of {model.config.name}", total=count)
+        with torch.inference_mode(), Progress(f"fitting value maps of {model.config.name}", count) as bar:
             for i, ids in zip(range(count), self._sequences(model), strict=False):
                 digest.update(ids.cpu().numpy().tobytes())
                 grams[i % fold == fold - 1].add(read_exactly(network, ids))
-                bar.advance(job)
+                bar.advance()
         tensors: dict[str, Tensor] = {}
         scores: dict[str, list[list[float]]] = {}
         for features, maps in VARIANTS:

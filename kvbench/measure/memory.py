@@ -1,0 +1,39 @@
+"""The most memory that was in use while something ran."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+
+class Peak:
+    """`with peak: ...` leaves in `nbytes` the peak of CUDA's allocator, or of the whole process on a CPU.
+
+    `nbytes` is None where the system can't tell (a CPU without Linux's /proc).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.nbytes: int | None = None
+
+    def __enter__(self) -> Peak:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.nbytes = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _high_water()
+
+
+def _high_water() -> int | None:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,112 @@
+"""Seconds and peak memory of cells, each measured alone: a short pass after all answers are there.
+
+A prefill is the same work for every cell that asks for the same statistics, so it is read, and timed, once for them;
+nothing of another cell is alive while a cell compresses and decodes. The first example goes twice, the first time to
+warm up. Decoding is of a fixed length and in a batch of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+from typing import Any
+
+import torch
+
+from kvbench.answer import Unit, units
+from kvbench.cache.fork import Fork
+from kvbench.cell import Settings
+from kvbench.cell_run import CellRun
+from kvbench.decode import feed
+from kvbench.measure.clock import Stopwatch
+from kvbench.measure.memory import Peak
+from kvbench.measure.progress import Progress
+from kvbench.model import Model
+from kvbench.prefill import Reader, Seen, read_exactly
+
+STEPS = 16  # tokens decoded for a measurement
+
+
+def time_alone(runs: Sequence[CellRun], model: Model, settings: Settings) -> None:
+    """Times the first `settings.timed` examples of each cell (first questions only), where it lacks them."""
+    cell = runs[0].cell
+    found = (
+        unit
+        for context in cell.task.contexts(model.writer, cell.seed)
+        for unit in units(context, [x for x in context.examples if x.follows is None], cell.protocol, model)
+    )
+    most = settings.timed if settings.limit is None else min(settings.timed, settings.limit)
+    if not any(run.untimed(most) for run in runs):
+        return
+    with Progress("timing, each cell alone", most * len(runs)) as bar:
+        for number, unit in enumerate(islice(found, most)):
+            groups: dict[Any, list[CellRun]] = {}
+            for run in runs:
+                if not run.failed and unit.turns[0].example.id not in run.open().timed:
+                    reads = run.cell.digest if run.method.own_prefill else run.method.needs
+                    groups.setdefault(reads, []).append(run)
+            for group in groups.values():
+                for _ in range(2 if number == 0 else 1):
+                    read = _read(group[0], model, unit)
+                for run in group:
+                    bar.say(run.cell.label)
+                    try:
+                        for _ in range(2 if number == 0 else 1):
+                            record = _measure(run, model, unit, read)
+                        run.open().append_timing(record)
+                    except Exception as error:
+                        run.fail(error)
+                    bar.advance()
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A context that was read, and what that took."""
+
+    seen: Seen
+    seconds: float  # statistics left out
+    peak: int | None
+
+
+def _read(run: CellRun, model: Model, unit: Unit) -> _Read:
+    network, needs = model.network, run.method.needs
+    ids = torch.tensor(unit.ids, device=network.device)
+    watch, peak = Stopwatch(network.device), Peak(network.device)
+    with peak, watch:
+        if run.method.own_prefill:
+            seen = run.method.read(Reader(network, ids, needs, unit.id))
+        else:
+            seen = read_exactly(network, ids, needs, unit.id, model.config.prefill_chunk)
+    return _Read(seen, watch.seconds - sum(seen.seconds.values()), peak.nbytes)
+
+
+def _measure(run: CellRun, model: Model, unit: Unit, read: _Read) -> dict[str, Any]:
+    """A timing record: the names are those of docs/metrics.md."""
+    network, turn = model.network, unit.turns[0]
+    fed = torch.tensor([turn.fed], device=network.device)
+    peak, compressing, feeding = Peak(network.device), Stopwatch(network.device), Stopwatch(network.device)
+    steps = []
+    with peak:
+        with compressing:
+            _, cache = run.compressor.compress(read.seen)
+        with feeding:
+            fork = Fork(cache, run.method)
+            last = feed(network, [fork], fed, last_only=True)[:, -1].argmax(-1, keepdim=True)
+        for _ in range(STEPS):
+            step = Stopwatch(network.device)
+            with step:
+                last = feed(network, [fork], last, last_only=True)[:, -1].argmax(-1, keepdim=True)
+            steps.append(step.seconds)
+    statistics = sum(read.seen.seconds[need] for need in run.method.needs)
+    peaks = [x for x in (read.peak, peak.nbytes) if x is not None]
+    return {
+        "id": turn.example.id,
+        "prefill_s": read.seconds,
+        "statistics_s": statistics,
+        "compress_s": compressing.seconds,
+        "ttft_s": read.seconds + statistics + compressing.seconds + feeding.seconds,
+        "tpot_s": median(steps),
+        "bytes_peak": max(peaks, default=None),
+    }
