@@ -50,3 +50,35 @@ class ColumnSums(Statistic):
             mask = causal_mask(query.shape[1], end, query.device)
             total[:, :end] += attention_weights(query, seen.key[:, :end], seen.scale, mask).sum(1)
         return total
+
+
+@dataclass(frozen=True)
+class WindowMoments(Statistic):
+    """How the context's last `window` queries attend to the tokens before them, query head by query head, per layer.
+
+    (3, heads, tokens), float32: mean and unbiased variance over those queries (causal inside the window), and the sum
+    of their -A log A. Softmax over all tokens. A context shorter than the window is all window.
+    """
+
+    window: int
+
+    def observe(self, state: Tensor | None, seen: Observed) -> Float[Tensor, "3 heads tokens"]:
+        first = max(seen.total - self.window, 0)  # position of the window's first query
+        start = max(seen.start, first)
+        end = seen.start + seen.query.shape[1]
+        if state is None:
+            state = torch.zeros(3, len(seen.query), seen.total, device=seen.query.device)
+        if end <= first:
+            return state
+        query = seen.query[:, start - seen.start :]
+        weights = attention_weights(query, seen.key, seen.scale, causal_mask(end - start, end, query.device))
+        weights = torch.nn.functional.pad(weights, (0, seen.total - end))
+        before, new = start - first, end - start
+        mean, variance, entropy = state
+        squares = variance * max(before - 1, 1)
+        step = weights.mean(1) - mean
+        squares = squares + (weights - weights.mean(1, keepdim=True)).square().sum(1)
+        squares = squares + step.square() * (before * new / (before + new))
+        mean = mean + step * (new / (before + new))
+        entropy = entropy - torch.xlogy(weights, weights).sum(1)
+        return torch.stack([mean, squares / max(before + new - 1, 1), entropy])
