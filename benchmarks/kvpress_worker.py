@@ -68,10 +68,11 @@ def main(job_file: str, rows_file: str) -> None:
                 pipeline(read, questions=[asked], max_new_tokens=2)
             for method, kept in job["cells"]:
                 press = None if method == "full" else PRESSES[method](compression_ratio=1 - kept)
-                tokens, start = 0, time.perf_counter()
+                tokens, start, cpu = 0, time.perf_counter(), time.process_time()
                 answers = pipeline(read, questions=[asked], press=press, max_new_tokens=job["new_tokens"])["answers"]
-                row = {"context": context["id"], "method": method, "budget": kept}
-                row |= {"seconds": time.perf_counter() - start, "answer": answers[0], "tokens_out": tokens}
+                took = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+                row = {"context": context["id"], "method": method, "budget": kept, **took}
+                row |= {"answer": answers[0], "tokens_out": tokens}
                 print(json.dumps(row), file=rows, flush=True)
 
 
