@@ -28,10 +28,10 @@ class FutureAttention(Statistic):
         last = self.queries // 2
         ids = seen.token_ids
         pseudo = torch.cat([ids[: self.queries - last], ids[max(len(ids) - last, 0) :]])
-        return tuple(look_ahead(seen, pseudo, observe=_mean_attention))
+        return tuple(look_ahead(seen, pseudo, observe=mean_attention))
 
 
-def _mean_attention(ahead: Observed) -> Float[Tensor, "heads tokens"]:
+def mean_attention(ahead: Observed) -> Float[Tensor, "heads tokens"]:
     mask = causal_mask(ahead.query.shape[1], ahead.total, ahead.query.device)
     return attention_weights(ahead.query, ahead.key, ahead.scale, mask)[..., : ahead.start].mean(1)
 
