@@ -61,7 +61,7 @@ def machine(threads: int) -> dict[str, str]:
     return {
         "machine": f"{names[0]}, {len(names)} cores, {memory:.0f} GiB, {platform.system()}",
         "threads": f"{threads} on either side",
-        "kvbench": f"{version('kvbench')} at {commit.strip()}, torch {version('torch')}, transformers {version('transformers')}",
+        "kvbench": f"{commit.strip()}, torch {version('torch')}, transformers {version('transformers')}",
     }
 
 
