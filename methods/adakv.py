@@ -20,8 +20,8 @@ class AdaKV(Wrapper):
     """The KV heads of a layer compete for its rows with their tokens' scores (Ada-KV, Feng et al., arXiv 2407.11550).
 
     A head has 1 - alpha times the tokens it has among the layer's best, plus alpha times an equal share. A layer's rows
-    are the base's to say: `base=pyramidkv` is the paper's Ada-Pyramid. Differs: KV heads compete, not query heads; whole
-    numbers by largest remainder; where a base's scores only rank the tokens of a head, the softmax of the standardised
+    are the base's to say: `base=pyramidkv` is the paper's Ada-Pyramid. Differs: KV heads compete, not query heads;
+    whole numbers by largest remainder; where a base's scores only rank a head's tokens, the softmax of the standardised
     ones competes.
     """
 

@@ -4,8 +4,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
@@ -13,9 +11,8 @@ from kvbench.method import Family, Method, Trust
 from kvbench.plan import EVICTED, EXACT, LayerPlan, Made, Plan, equal_shares, keep_all, keep_best
 from kvbench.prefill import Seen, SeenLayer
 from kvbench.toolbox.allocation import retrieval_shares
-from kvbench.toolbox.head_maps import CopyingHeads
+from kvbench.toolbox.head_maps import CopyingHeads, copying_order
 
-ECHO, INDUCTION = 1, 14  # the paper's shares of heads, in percent: here the proportion in which heads are taken
 MADE = replace(EXACT, name="compensation")
 
 
@@ -79,16 +76,3 @@ class RazorAttention(Method):
         share = dropped[:, None].float() / many.clamp(min=1)[..., None]
         made = Made(share @ x.key.float(), share @ x.value.float(), many.clamp(min=1).float().log(), first + many // 2)
         return LayerPlan((EXACT, MADE), torch.cat([route, torch.where(many > 0, 1, EVICTED).to(torch.int8)], 1), made)
-
-
-def copying_order(
-    echo: Float[Tensor, "layers kv_heads"], induction: Float[Tensor, "layers kv_heads"]
-) -> Float[Tensor, "layers kv_heads"]:
-    """Importance so that the top heads are, for any number of them, the best by echo and by induction as 1 to 14."""
-    ranks = [_rank(echo) / ECHO, _rank(induction) / INDUCTION]
-    return -torch.minimum(*ranks).view(echo.shape)
-
-
-def _rank(scores: Float[Tensor, "layers kv_heads"]) -> Int[Tensor, " heads"]:
-    """1 for the best; equal ones in their order."""
-    return scores.flatten().argsort(descending=True, stable=True).argsort() + 1

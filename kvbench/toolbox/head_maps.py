@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvbench.artefact import Calibration
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvbench.model import Model
 
 QUERIES = 256  # at a time: bounds the attention matrix
+ECHO, INDUCTION = 1, 14  # percent of all heads in RazorAttention: here the proportion in which they are taken
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,19 @@ def copying(first: int, period: int, ahead: Observed) -> Float[Tensor, "2 heads"
     return found / new
 
 
+def copying_order(
+    echo: Float[Tensor, "layers kv_heads"], induction: Float[Tensor, "layers kv_heads"]
+) -> Float[Tensor, "layers kv_heads"]:
+    """Importance so that the top heads are, for any number of them, the best by echo and by induction as 1 to 14."""
+    ranks = [_rank(echo) / ECHO, _rank(induction) / INDUCTION]
+    return -torch.minimum(*ranks).view(echo.shape)
+
+
+def _rank(scores: Float[Tensor, "layers kv_heads"]) -> Int[Tensor, " heads"]:
+    """1 for the best; equal ones in their order."""
+    return scores.flatten().argsort(descending=True, stable=True).argsort() + 1
+
+
 @dataclass(frozen=True)
 class RecallingHeads(Calibration):
     """How far a layer's output moves if a KV head sees only sinks and a window: `error` (layers, kv_heads).
@@ -79,7 +93,7 @@ class RecallingHeads(Calibration):
     sinks: int
     window: int
     texts: tuple[str, ...] = ("essays", "squad")
-    sequences: int = 3  # of each text
+    sequences: int = 2  # of each text
     tokens: int = 2048
     passages: int = 10
     words: int = 32
