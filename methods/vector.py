@@ -9,16 +9,16 @@ from torch import Tensor
 
 from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
-from kvbench.cache.codecs.base import Rows
 from kvbench.cache.codecs.exact import Exact
 from kvbench.cache.codecs.from_key import FromKey
 from kvbench.cache.codecs.quant import Quant
-from kvbench.cache.layout import Layout, index_dtype
+from kvbench.cache.layout import index_dtype
 from kvbench.errors import UsageError
-from kvbench.method import Family, Scale, Trust, Wrapper
+from kvbench.method import Family, Trust, Wrapper
 from kvbench.plan import EXACT, Infeasible, LayerPlan, Plan, Tier, keep_all, shrink
 from kvbench.prefill import Seen, SeenLayer
-from kvbench.toolbox.routers import paper_counts, paper_route, utility_route
+from kvbench.toolbox.routers import as_mass, byte_limits, hull_route, paper_counts, paper_route
+from kvbench.toolbox.tiers import all_rows, tier
 from kvbench.toolbox.value_maps import Features, Maps, ValueMaps
 
 TEXTS = ("essays", "squad", "hotpotqa", "pydoc", "stdlib")
@@ -75,10 +75,15 @@ class Vector(Wrapper):
     def plan(self, seen: Seen, budget: Allowance) -> Plan:
         if budget.limit >= sum(x.key.nbytes + x.value.nbytes for x in seen.layers):
             return keep_all(seen)
-        retain = EXACT if self.retain_bits == 16 else Tier(f"{self.retain_bits}-bit", *[_quant(self.retain_bits)] * 2)
+        retain = EXACT if self.retain_bits == 16 else tier(f"int{self.retain_bits}")
         tiers = [(retain, self._approximate(seen, i)) for i in range(len(seen.layers))]
         costs, limit = self._costs(seen, budget, tiers[0])
-        return Plan(tuple(LayerPlan(t, self._route(seen, i, t, costs, limit)) for i, t in enumerate(tiers)))
+        scores = [self.scores(seen, i) for i in range(len(seen.layers))]
+        limits = byte_limits(self.scorer, seen, scores, limit, budget.charged(*retain.row_bytes(seen.dim, seen.dtype)))
+        if self.maps is Maps.layer:  # one route for all heads
+            scores, limits = [x.mean(0, keepdim=True) for x in scores], limits.sum(1, keepdim=True)
+        routes = [self._route(seen, i, scores[i], tiers[i], costs, limits) for i in range(len(seen.layers))]
+        return Plan(tuple(LayerPlan(t, route) for t, route in zip(tiers, routes, strict=True)))
 
     def _approximate(self, seen: Seen, layer: int) -> Tier:
         """The tier of a layer's approximated tokens."""
@@ -107,13 +112,15 @@ class Vector(Wrapper):
         counts = 0 if self.maps is Maps.layer else 2 * 4  # where heads differ, each tier's rows are counted per head
         fixed = budget.charged(0, tiers[1].value.fixed_bytes(rows, seen.dim, seen.dtype) + counts)
         ids = index_dtype(seen.vocabulary).itemsize * len(seen.token_ids) if tiers[1].needs_token else 0
-        limit = (budget.limit - budget.charged(0, ids)) // units - fixed
+        limit = budget.limit - budget.charged(0, ids) - units * fixed
         least = costs[0] if self.router is Router.paper else min(costs)
-        if limit < least:
+        if limit < units * least:
             raise Infeasible(budget.charged(0, ids) + units * (fixed + least), budget.limit)
         return costs, limit
 
-    def _route(self, seen: Seen, layer: int, tiers: tuple[Tier, Tier], costs: tuple[int, int], limit: int) -> Tensor:
+    def _route(
+        self, seen: Seen, layer: int, scores: Tensor, tiers: tuple[Tier, Tier], costs: tuple[int, int], limits: Tensor
+    ) -> Tensor:
         x = seen.layers[layer]
         kv_heads, tokens, _ = x.key.shape
         value = x.value.float()
@@ -121,26 +128,24 @@ class Vector(Wrapper):
             v.square().sum(-1)
             for v in (value, _round_trip(tiers[0], x) - value, self._estimate(seen, x, tiers[1]) - value)
         )
-        scores = self.scorer.scores(seen, layer)
-        if self.maps is Maps.layer:  # one route for all heads
+        if self.maps is Maps.layer:
             norm, kept, estimated = (v.sum(0, keepdim=True) for v in (norm, kept, estimated))
-            scores = scores.mean(0, keepdim=True)
-        first, last = shrink(self.scorer.protect, limit // costs[0], tokens)
+        first, last = shrink(self.protect, int(limits.sum()) // (limits.numel() * costs[0]), tokens)
         at = torch.arange(tokens, device=value.device)
         protected = (at < first) | (at >= tokens - last)
         if self.router is Router.paper:
-            route = paper_route(scores, estimated, paper_counts(tokens, costs, limit), protected)
+            counts = [paper_counts(tokens, costs, limit) for limit in limits[layer].tolist()]
+            heads = [paper_route(scores[i : i + 1], estimated[i : i + 1], n, protected) for i, n in enumerate(counts)]
+            route = torch.cat(heads)
         else:
-            importance = scores if self.scale is Scale.mass else _positive(scores)
-            quality = [(1 - error / norm).clamp(0, 1) for error in (estimated, kept)]
-            route = utility_route(importance, *quality, costs, limit, protected)
+            quality = torch.stack([(1 - error / norm).clamp(0, 1) for error in (kept, estimated)])
+            route = hull_route(as_mass(scores, self.scale), quality, costs, limits[layer].to(value.device), protected)
         return route.expand(kv_heads, -1)
 
     def _estimate(self, seen: Seen, x: SeenLayer, tier: Tier) -> Tensor:
         """Every value of a layer estimated from its key as the tier would hold it: (kv_heads, tokens, dim), float32."""
         assert isinstance(tier.value, FromKey)
-        kv_heads = x.key.shape[0]
-        rows = Rows(_all_rows(x), x.position.repeat(kv_heads), seen.token_ids[x.position].repeat(kv_heads))
+        rows = replace(all_rows(x), token=seen.token_ids[x.position].repeat(x.key.shape[0]))
         key = tier.key.decode(tier.key.encode(x.key.flatten(0, 1), rows, {}), rows, {}, seen.dtype)
         estimate = tier.value.predict(replace(rows, key=key))
         return estimate + (x.value - estimate).mean(1, keepdim=True) if self.intercept else estimate
@@ -148,19 +153,10 @@ class Vector(Wrapper):
 
 def _round_trip(tier: Tier, x: SeenLayer) -> Tensor:
     """Every value of a layer as a retaining tier gives it back: (kv_heads, tokens, dim), float32."""
-    rows = Rows(_all_rows(x))
+    rows = all_rows(x)
     stored = tier.value.encode(x.value.flatten(0, 1), rows, {})
     return rows.layout.pad(tier.value.decode(stored, rows, {}, torch.float32))
 
 
-def _all_rows(x: SeenLayer) -> Layout:
-    return Layout((x.key.shape[1],) * x.key.shape[0], shared=True)
-
-
 def _quant(bits: int) -> Quant:
     return Quant(bits, channels=64)
-
-
-def _positive(scores: Tensor) -> Tensor:
-    """A monotone map of any scores to positive numbers that may be added up: softmax of the standardised scores."""
-    return ((scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)).softmax(1)

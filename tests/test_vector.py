@@ -24,8 +24,8 @@ from kvbench.method import Method
 from kvbench.model import Model
 from kvbench.plan import Plan, top_rows
 from kvbench.prefill import Seen, read_exactly
-from kvbench.toolbox.routers import APPROXIMATED, RETAINED, paper_counts, paper_route, utility_route
-from kvbench.toolbox.value_maps import VARIANTS, Features, Maps, ValueMaps
+from kvbench.toolbox.routers import APPROXIMATED, RETAINED, hull_route, paper_counts, paper_route
+from kvbench.toolbox.value_maps import VARIANTS, Features, Maps, ValueMaps, sequences
 
 TOKENS = 200
 
@@ -44,7 +44,8 @@ def test_the_knapsack_is_within_one_token_of_the_best(tokens: list[tuple[float, 
     costs = (10, 6)
     none = torch.zeros(len(tokens), dtype=torch.bool)
     row = [torch.tensor([x]) for x in (importance, quality)]
-    route = utility_route(row[0], row[1], torch.ones_like(row[0]), costs, limit, none)[0].tolist()
+    quality_of = torch.stack([torch.ones_like(row[0]), row[1]])
+    route = hull_route(row[0], quality_of, costs, torch.tensor([limit]), none)[0].tolist()
     spent = sum({RETAINED: 10, APPROXIMATED: 6, -1: 0}[r] for r in route)
     every = itertools.product((-1, RETAINED, APPROXIMATED), repeat=len(tokens))
     price = {RETAINED: 10, APPROXIMATED: 6, -1: 0}
@@ -56,14 +57,16 @@ def test_the_knapsack_is_within_one_token_of_the_best(tokens: list[tuple[float, 
 def test_worthless_estimates_leave_the_bases_eviction() -> None:
     scores = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
     protected = torch.zeros(50, dtype=torch.bool)
-    route = utility_route(scores, torch.zeros_like(scores), torch.ones_like(scores), (10, 6), 200, protected)
+    quality = torch.stack([torch.ones_like(scores), torch.zeros_like(scores)])
+    route = hull_route(scores, quality, (10, 6), torch.tensor([200, 200]), protected)
     assert torch.equal(route, top_rows(scores, 20))
 
 
 def test_perfect_estimates_retain_only_the_protected() -> None:
     scores = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
     protected = torch.arange(50) >= 45
-    route = utility_route(scores, torch.ones_like(scores), torch.ones_like(scores), (10, 6), 200, protected)
+    quality = torch.ones(2, *scores.shape)
+    route = hull_route(scores, quality, (10, 6), torch.tensor([200, 200]), protected)
     assert ((route == RETAINED) == protected).all()
     assert ((route == APPROXIMATED).sum(1) == (200 - 50) // 6).all()
 
@@ -149,7 +152,9 @@ class TestValueMaps:
         calibration = ValueMaps((str(text),), tokens=4 * 256, sequence=256, ridge=0.0)
         tensors, about = calibration.fit(tiny)
         network = tiny.network
-        chunks = [ids for _, ids in zip(range(3), calibration._sequences(tiny), strict=False)]
+        chunks = [
+            ids for _, ids in zip(range(3), sequences(tiny, calibration.texts, calibration.sequence), strict=False)
+        ]
         keys, values = [], []
         for ids in chunks:
             layer = read_exactly(network, ids).layers[1]
@@ -184,7 +189,7 @@ class TestValueMaps:
 def test_a_base_that_scores_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="scores no tokens"):
         plugins.build_method("vector", base="full")
-    with pytest.raises(UsageError, match="unknown method 'snap'; known: full"):
+    with pytest.raises(UsageError, match="unknown method 'snap'; known: adakv"):
         plugins.build_method("vector", base="snap")
     with pytest.raises(UsageError, match="window_size"):
         plugins.build_method("vector", base="snapkv", base_options={"window_size": 3})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Bool, Float, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
-from kvbench.method import Scale
+from kvbench.method import Method, Scale
 from kvbench.plan import EVICTED
+from kvbench.prefill import Seen
 
 RETAINED, APPROXIMATED = 0, 1
 
@@ -20,36 +23,61 @@ def as_mass(scores: Float[Tensor, "kv_heads tokens"], scale: Scale) -> Float[Ten
     return ((scores - scores.mean(1, keepdim=True)) / spread).softmax(1)
 
 
-def utility_route(
+def hull_route(
     importance: Float[Tensor, "kv_heads tokens"],
-    approximated: Float[Tensor, "kv_heads tokens"],
-    retained: Float[Tensor, "kv_heads tokens"],
-    costs: tuple[int, int],
-    limit: int,
+    quality: Float[Tensor, "tiers kv_heads tokens"],
+    costs: Sequence[int],
+    limits: Int[Tensor, " kv_heads"],
     protected: Bool[Tensor, " tokens"],
 ) -> Int8[Tensor, "kv_heads tokens"]:
-    """Maximises the sum of importance x quality in each KV head under `limit` bytes.
+    """The tier of each token: maximises the sum of importance x quality in each KV head under its limit in bytes.
 
-    A token is worth importance x `retained` (quality in [0, 1]) at costs[0] bytes, importance x `approximated` at
-    costs[1] < costs[0], or nothing. The relaxation of this multiple-choice knapsack is solved by one sort of the worth
-    per byte of the steps of each token's concave hull: first approximate then retain, or retain at once. Protected
-    tokens are retained first. At most the last step's bytes stay unused.
+    A token in tier i costs costs[i] bytes and is worth importance x quality[i] (0 to 1); evicted it is worth nothing.
+    The relaxation of this multiple-choice knapsack is solved by one sort: each token climbs its concave hull, from tier
+    to dearer tier, in steps of falling worth per byte, and the best steps of all tokens are taken while they fit.
+    Protected tokens go to the dearest tier, before any other step. The bytes of the first step left out stay unused.
     """
-    dear, cheap = costs
-    first = importance * approximated / cheap
-    second = importance * (retained - approximated) / (dear - cheap)
-    in_steps = (first >= second) & ~protected
-    once = torch.where(protected, torch.inf, importance * retained / dear)
-    density = torch.cat([torch.where(in_steps, first, once), torch.where(in_steps, second, -torch.inf)], dim=1)
-    cost = torch.cat([torch.where(in_steps, cheap, dear), torch.full_like(in_steps, dear - cheap, dtype=torch.long)], 1)
+    value, price = importance * quality, torch.tensor(costs, device=importance.device)
+    dearest = int(price.argmax())
+    spent = torch.zeros_like(importance, dtype=torch.long)
+    worth = torch.zeros_like(importance)
+    densities: list[Tensor] = []
+    prices: list[Tensor] = []
+    tiers: list[Tensor] = []
+    for _ in costs:  # one step of every token's hull
+        more = price[:, None, None] - spent
+        slope = ((value - worth) / more.clamp(min=1)).masked_fill(more <= 0, -torch.inf)
+        density, tier = slope.max(0)
+        if not densities:
+            density, tier = density.masked_fill(protected, torch.inf), tier.masked_fill(protected, dearest)
+        step = price[tier] - spent
+        # A hull falls: rounding must not let a step go before the one it stands on.
+        densities.append(density if not densities else density.minimum(densities[-1]))
+        prices.append(step.clamp(min=0))
+        tiers.append(tier)
+        spent, worth = spent.maximum(price[tier]), value.gather(0, tier[None])[0]
+    density = torch.cat(densities, 1)
     order = density.argsort(dim=1, descending=True, stable=True)
-    affordable = cost.gather(1, order).cumsum(1) <= limit
+    affordable = torch.cat(prices, 1).gather(1, order).cumsum(1) <= limits[:, None]
     taken = torch.zeros_like(affordable).scatter(1, order, affordable) & (density >= 0)
-    one, two = taken.chunk(2, dim=1)
     route = torch.full_like(importance, EVICTED, dtype=torch.int8)
-    route[one & in_steps] = APPROXIMATED
-    route[(one & ~in_steps) | two] = RETAINED
+    for tier, took in zip(tiers, taken.chunk(len(tiers), dim=1), strict=True):
+        route = torch.where(took, tier.to(torch.int8), route)
     return route
+
+
+def byte_limits(
+    method: Method, seen: Seen, scores: Sequence[Float[Tensor, "kv_heads tokens"]], limit: int, row: int
+) -> Int[Tensor, "layers kv_heads"]:
+    """`limit` bytes split over layers and KV heads as `method` allocates rows of `row` bytes each.
+
+    What is left of whole rows is split equally; so is everything, if there isn't a row for each.
+    """
+    units = len(scores) * len(scores[0])
+    if limit // row < units:
+        return torch.full((len(scores), len(scores[0])), limit // units)
+    counts = method.allocate(seen, scores, limit // row).cpu()
+    return counts * row + (limit - int(counts.sum()) * row) // units
 
 
 def paper_counts(tokens: int, costs: tuple[int, int], limit: int) -> tuple[int, int]:

@@ -1,0 +1,116 @@
+"""A scorer, an allocator and tiers, freely composed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvbench.artefact import Calibration
+from kvbench.budget import Allowance
+from kvbench.errors import UsageError
+from kvbench.method import Family, Method, Scale, Trust, Wrapper
+from kvbench.plan import Infeasible, LayerPlan, Plan, keep_all, shrink
+from kvbench.plugins import build_method, load
+from kvbench.prefill import Seen, Statistic
+from kvbench.toolbox.routers import as_mass, byte_limits, hull_route
+from kvbench.toolbox.tiers import quality, tier
+
+
+@dataclass(frozen=True)
+class Compose(Method):
+    """Any scorer x any allocator x tiers, tokens routed among the tiers by bytes (no paper: the free composition).
+
+    Each token goes where importance x estimated quality per byte is best (`hull_route`). `tiers=[exact]` is plain
+    eviction, `tiers=[int4]` a scorer with survivors at 4 bits, and `tiers=[exact,int2]` mixed precision. `allocator` is
+    any method that allocates rows over another's scores; empty: equal shares. Scores that only rank are mapped to
+    positive numbers first.
+    """
+
+    family: ClassVar[Family] = Family.router
+    trust: ClassVar[Trust] = Trust.paper
+    query_aware: ClassVar[bool] = True
+    holds: ClassVar[str] = "tokens in any of `tiers`"
+
+    scorer: str = "snapkv"
+    scorer_options: dict[str, Any] = field(default_factory=dict)
+    allocator: str = ""
+    allocator_options: dict[str, Any] = field(default_factory=dict)
+    tiers: tuple[str, ...] = ("exact", "int4")
+
+    def __post_init__(self) -> None:
+        if not self.tiers or len(set(self.tiers)) < len(self.tiers):
+            raise UsageError(f"method.tiers={list(self.tiers)}: name each tier once, and one at least")
+        for name in self.tiers:
+            tier(name)
+        if self.allocator and not issubclass(load("methods", self.allocator), Wrapper):
+            what = "allocates no rows over another method's scores"
+            raise UsageError(f"method.allocator={self.allocator} {what}; choose one such as adakv")
+        if type(self.inner).scores is Method.scores:
+            raise UsageError(f"method.scorer={self.scorer} scores no tokens; choose a scorer such as snapkv")
+
+    @cached_property
+    def inner(self) -> Method:
+        """The allocator over the scorer: a method of its own."""
+        if not self.allocator:
+            return build_method(self.scorer, **self.scorer_options)
+        return build_method(
+            self.allocator, base=self.scorer, base_options=self.scorer_options, **self.allocator_options
+        )
+
+    @property
+    def scale(self) -> Scale:  # type: ignore[override]
+        return self.inner.scale
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return self.inner.needs
+
+    @property
+    def calibrations(self) -> frozenset[Calibration]:
+        return self.inner.calibrations
+
+    @property
+    def protect(self) -> tuple[int, int]:
+        return self.inner.protect
+
+    def scores(self, seen: Seen, layer: int) -> Float[Tensor, "kv_heads tokens"]:
+        return self.inner.scores(seen, layer)
+
+    def allocate(
+        self, seen: Seen, scores: Sequence[Float[Tensor, "kv_heads tokens"]], rows: int
+    ) -> Int[Tensor, "layers kv_heads"]:
+        return self.inner.allocate(seen, scores, rows)
+
+    def plan(self, seen: Seen, budget: Allowance) -> Plan:
+        if budget.limit >= sum(x.key.nbytes + x.value.nbytes for x in seen.layers):
+            return keep_all(seen)
+        tiers = tuple(tier(name) for name in self.tiers)
+        costs = [budget.charged(*one.row_bytes(seen.dim, seen.dtype)) for one in tiers]
+        layers, kv_heads = len(seen.layers), seen.layers[0].key.shape[0]
+        counts = budget.charged(0, 4 * len(tiers) * layers * kv_heads)  # each tier's rows, per head
+        if budget.limit - counts < layers * kv_heads * min(costs):
+            raise Infeasible(counts + layers * kv_heads * min(costs), budget.limit)
+        scores = [self.scores(seen, i) for i in range(layers)]
+        limits = byte_limits(self.inner, seen, scores, budget.limit - counts, max(costs))
+        return Plan(tuple(self._route(seen, i, scores[i], tiers, costs, limits) for i in range(layers)))
+
+    def _route(
+        self, seen: Seen, layer: int, scores: Tensor, tiers: tuple[Any, ...], costs: list[int], limits: Tensor
+    ) -> LayerPlan:
+        x = seen.layers[layer]
+        tokens = x.key.shape[1]
+        mean = int(limits.sum()) // (limits.numel() * max(costs))
+        first, last = shrink(self.protect, mean, tokens)
+        at = torch.arange(tokens, device=x.key.device)
+        route = hull_route(
+            as_mass(scores, self.scale),
+            torch.stack([quality(one, x) for one in tiers]),
+            costs,
+            limits[layer].to(x.key.device),
+            (at < first) | (at >= tokens - last),
+        )
+        return LayerPlan(tiers, route)
