@@ -12,7 +12,7 @@ from kvbench.artefact import Calibration
 from kvbench.errors import UsageError
 from kvbench.method import Family, Method, Scale, Trust
 from kvbench.prefill import Seen, Statistic
-from kvbench.toolbox.retrieval_heads import ROWS, LayerErrors, SemanticHeads, best_heads, heads_scores
+from kvbench.toolbox.retrieval_heads import LayerErrors, SemanticHeads, best_heads, heads_scores, layer_rows
 from kvbench.toolbox.statistics import WindowAttention
 
 
@@ -70,25 +70,3 @@ class CompressKV(Method):
         errors = seen.artefacts[self.layer_errors].tensors["errors"].tolist()
         counts = layer_rows(errors, rows // kv_heads, tokens)
         return torch.tensor(counts)[:, None].expand(-1, kv_heads)
-
-
-def layer_rows(errors: Sequence[float], rows: int, tokens: int) -> list[int]:
-    """Rows of each layer, by its share of the errors: at least 32 and at most three times the mean, `tokens` at most.
-
-    With less than 32 each, equal. What rounding and those bounds leave over or lack goes to the layers in order of
-    error, one row at a time.
-    """
-    layers = len(errors)
-    mean = rows // layers
-    least, most = min(ROWS, mean), min(3 * mean, tokens)
-    spare = rows - layers * least
-    found = [min(max(least + round(e * spare), least), most) for e in errors]
-    order = sorted(range(layers), key=lambda layer: -errors[layer])
-    missing = min(rows, layers * most) - sum(found)
-    step = 1 if missing > 0 else -1
-    while missing:
-        for layer in order:
-            if missing and least <= found[layer] + step <= most:
-                found[layer] += step
-                missing -= step
-    return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,30 +14,9 @@ from kvbench.method import Family, Scale, Trust, Wrapper
 from kvbench.plan import EXACT, LayerPlan, Plan, allocated, shrink, top_rows
 from kvbench.prefill import Seen, Statistic
 from kvbench.toolbox.routers import as_mass
+from kvbench.toolbox.statistics import OutputNorms
 
 EPSILON = 1e-4
-TOKENS = 256  # at a time: bounds the projected values
-
-
-@dataclass(frozen=True)
-class OutputNorms(Statistic):
-    """L1 norm of what a token's value adds to the layer's output at full attention: (kv_heads, tokens), per layer.
-
-    The value goes through the output projection of each query head; the mean over the query heads of its KV head.
-    """
-
-    def finish(self, values: tuple[Any, ...], seen: Seen) -> tuple[Tensor, ...]:
-        return tuple(
-            output_norms(x.value, seen.network.output_projection(i).float()) for i, x in enumerate(seen.layers)
-        )
-
-
-def output_norms(
-    value: Float[Tensor, "kv_heads tokens dim"], projection: Float[Tensor, "heads dim hidden"]
-) -> Float[Tensor, "kv_heads tokens"]:
-    grouped = projection.unflatten(0, (value.shape[0], -1))
-    parts = [(part.float()[:, None] @ grouped).abs().sum(-1).mean(1) for part in value.split(TOKENS, 1)]
-    return torch.cat(parts, 1)
 
 
 @dataclass(frozen=True)

@@ -2,50 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvbench.cache.attention import attention_weights, causal_mask
 from kvbench.errors import UsageError
 from kvbench.method import Family, Method, Scale, Trust
-from kvbench.prefill import Observed, Seen, Statistic, look_ahead
-
-OVERLAP = 8  # tokens of the chunk before that lead into each chunk
-QUERIES = 256  # at a time: bounds the attention matrix
-
-
-@dataclass(frozen=True)
-class Reconstruction(Statistic):
-    """The most attention a token gets while the context is repeated: (kv_heads, tokens), float32, per layer.
-
-    The context is fed again after itself, `chunk` tokens at a time, and forgotten. The softmax of a chunk's queries is
-    over the first `sinks` tokens, the chunk's own place in the context and, causally, what is being fed; the maximum
-    over those queries and the query heads of a KV head.
-    """
-
-    chunk: int
-    sinks: int
-
-    def finish(self, values: tuple[Any, ...], seen: Seen) -> tuple[Tensor, ...]:
-        ids = seen.token_ids
-        parts = [
-            look_ahead(seen, ids[max(start - OVERLAP, 0) : start + self.chunk], observe=partial(self._most, start))
-            for start in range(0, len(ids), self.chunk)
-        ]
-        return tuple(torch.cat(layer, 1) for layer in zip(*parts, strict=True))
-
-    def _most(self, start: int, ahead: Observed) -> Float[Tensor, "kv_heads chunk"]:
-        sinks, end = min(self.sinks, start), min(start + self.chunk, ahead.start)
-        key = torch.cat([ahead.key[:, :sinks], ahead.key[:, start:end], ahead.key[:, ahead.start :]], 1)
-        place = slice(sinks, sinks + end - start)
-        mask = causal_mask(ahead.query.shape[1], key.shape[1], key.device)
-        blocks = zip(ahead.query.split(QUERIES, 1), mask.split(QUERIES), strict=True)
-        most = [attention_weights(q, key, ahead.scale, m)[..., place].amax(1) for q, m in blocks]
-        return torch.stack(most).amax(0).unflatten(0, (key.shape[0], -1)).amax(1)
+from kvbench.prefill import Seen, Statistic
+from kvbench.toolbox.statistics import Reconstruction
 
 
 @dataclass(frozen=True)

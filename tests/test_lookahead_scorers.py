@@ -12,10 +12,7 @@ import torch
 from conftest import ids_of, tiny_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvbench.methods.compresskv import layer_rows
-from kvbench.methods.criticalkv import OutputNorms, output_norms
 from kvbench.methods.dapq import FutureAttention, mean_attention
-from kvbench.methods.kvzip import OVERLAP, Reconstruction
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -29,8 +26,9 @@ from kvbench.method import Method
 from kvbench.model import Model
 from kvbench.plan import EVICTED
 from kvbench.prefill import Seen, look_ahead, read_exactly
-from kvbench.toolbox.retrieval_heads import LayerErrors, SemanticHeads, _hide, needle_attention
+from kvbench.toolbox.retrieval_heads import LayerErrors, SemanticHeads, _hide, layer_rows, needle_attention
 from kvbench.toolbox.routers import as_mass
+from kvbench.toolbox.statistics import OVERLAP, OutputNorms, Reconstruction, output_norms
 
 TOKENS = 100
 
@@ -180,7 +178,7 @@ def test_kvzip_is_the_same_however_many_queries_are_scored_at_once(
 ) -> None:
     method = plugins.build_method("kvzip")
     before = see(network, method).statistics[Reconstruction(2048, 4)]
-    monkeypatch.setattr("kvbench.methods.kvzip.QUERIES", 7)
+    monkeypatch.setattr("kvbench.toolbox.statistics.AT_ONCE", 7)
     for a, b in zip(before, see(network, method).statistics[Reconstruction(2048, 4)], strict=True):
         torch.testing.assert_close(a, b)
 
@@ -245,7 +243,7 @@ def test_kvzip_repeats_once_for_all_budgets_and_leaves_nothing_behind(
         calls.append(args)
         return look_ahead(*args, **kwargs)
 
-    monkeypatch.setattr("kvbench.methods.kvzip.look_ahead", counted)
+    monkeypatch.setattr("kvbench.toolbox.statistics.look_ahead", counted)
     seen, plain = see(network, method), see(network, Method())
     for tokens in (10, 20, 30, 40):
         kept(method, seen, tokens)
@@ -340,7 +338,7 @@ def test_output_norms_do_not_depend_on_how_many_tokens_are_projected_at_once(
 ) -> None:
     method = plugins.build_method("criticalkv")
     before = see(network, method).statistics[OutputNorms()]
-    monkeypatch.setattr("kvbench.methods.criticalkv.TOKENS", 7)
+    monkeypatch.setattr("kvbench.toolbox.statistics.AT_ONCE", 7)
     for a, b in zip(before, see(network, method).statistics[OutputNorms()], strict=True):
         torch.testing.assert_close(a, b)
 

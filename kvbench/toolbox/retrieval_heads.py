@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -161,3 +161,25 @@ def output_error(network: Network, kept: list[Bool[Tensor, " tokens"]], ahead: O
         (attention_weights(ahead.query, ahead.key, ahead.scale, m) @ value @ projection).sum(0) for m in (mask, few)
     )
     return ((full - part).norm(dim=-1) / (full.norm(dim=-1) + 1e-5)).sum()
+
+
+def layer_rows(errors: Sequence[float], rows: int, tokens: int) -> list[int]:
+    """Rows of each layer, by its share of the errors: at least 32 and at most three times the mean, `tokens` at most.
+
+    With less than 32 each, equal. What rounding and those bounds leave over or lack goes to the layers in order of
+    error, one row at a time.
+    """
+    layers = len(errors)
+    mean = rows // layers
+    least, most = min(ROWS, mean), min(3 * mean, tokens)
+    spare = rows - layers * least
+    found = [min(max(least + round(e * spare), least), most) for e in errors]
+    order = sorted(range(layers), key=lambda layer: -errors[layer])
+    missing = min(rows, layers * most) - sum(found)
+    step = 1 if missing > 0 else -1
+    while missing:
+        for layer in order:
+            if missing and least <= found[layer] + step <= most:
+                found[layer] += step
+                missing -= step
+    return found

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kvbench.cache.attention import attention_weights, causal_mask
-from kvbench.prefill import Observed, Statistic
+from kvbench.prefill import Observed, Seen, Statistic, look_ahead
+
+OVERLAP = 8  # tokens that lead into a chunk of a repeated context
+AT_ONCE = 256  # queries, or tokens: bounds what is built of them
 
 
 @dataclass(frozen=True)
@@ -82,3 +87,54 @@ class WindowMoments(Statistic):
         mean = mean + step * (new / (before + new))
         entropy = entropy - torch.xlogy(weights, weights).sum(1)
         return torch.stack([mean, squares / max(before + new - 1, 1), entropy])
+
+
+@dataclass(frozen=True)
+class Reconstruction(Statistic):
+    """The most attention a token gets while the context is repeated: (kv_heads, tokens), float32, per layer.
+
+    The context is fed again after itself, `chunk` tokens at a time, and forgotten. The softmax of a chunk's queries is
+    over the first `sinks` tokens, the chunk's own place in the context and, causally, what is being fed; the maximum
+    over those queries and the query heads of a KV head.
+    """
+
+    chunk: int
+    sinks: int
+
+    def finish(self, values: tuple[Any, ...], seen: Seen) -> tuple[Tensor, ...]:
+        ids = seen.token_ids
+        parts = [
+            look_ahead(seen, ids[max(start - OVERLAP, 0) : start + self.chunk], observe=partial(self._most, start))
+            for start in range(0, len(ids), self.chunk)
+        ]
+        return tuple(torch.cat(layer, 1) for layer in zip(*parts, strict=True))
+
+    def _most(self, start: int, ahead: Observed) -> Float[Tensor, "kv_heads chunk"]:
+        sinks, end = min(self.sinks, start), min(start + self.chunk, ahead.start)
+        key = torch.cat([ahead.key[:, :sinks], ahead.key[:, start:end], ahead.key[:, ahead.start :]], 1)
+        place = slice(sinks, sinks + end - start)
+        mask = causal_mask(ahead.query.shape[1], key.shape[1], key.device)
+        blocks = zip(ahead.query.split(AT_ONCE, 1), mask.split(AT_ONCE), strict=True)
+        most = [attention_weights(q, key, ahead.scale, m)[..., place].amax(1) for q, m in blocks]
+        return torch.stack(most).amax(0).unflatten(0, (key.shape[0], -1)).amax(1)
+
+
+@dataclass(frozen=True)
+class OutputNorms(Statistic):
+    """L1 norm of what a token's value adds to the layer's output at full attention: (kv_heads, tokens), per layer.
+
+    The value goes through the output projection of each query head; the mean over the query heads of its KV head.
+    """
+
+    def finish(self, values: tuple[Any, ...], seen: Seen) -> tuple[Tensor, ...]:
+        return tuple(
+            output_norms(x.value, seen.network.output_projection(i).float()) for i, x in enumerate(seen.layers)
+        )
+
+
+def output_norms(
+    value: Float[Tensor, "kv_heads tokens dim"], projection: Float[Tensor, "heads dim hidden"]
+) -> Float[Tensor, "kv_heads tokens"]:
+    grouped = projection.unflatten(0, (value.shape[0], -1))
+    parts = [(part.float()[:, None] @ grouped).abs().sum(-1).mean(1) for part in value.split(AT_ONCE, 1)]
+    return torch.cat(parts, 1)
