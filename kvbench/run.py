@@ -18,8 +18,11 @@ Options are given as name=value:
   results=   folder for the records: <results>/<task>/<model>/<method>-<budget>-<hash>/{header.json,examples.jsonl}
   redo=      true: start finished cells over
   tracker.mode=  W&B mirror of the records: offline (default), online, disabled
+  hydra/launcher=slurm  with -m: groups of cells are jobs of a SLURM cluster (docs/slurm.md)
 
-A stopped run continues when the same command is given again. Exit code: 0 done, 2 the request can't be met.
+A stopped run continues when the same command is given again; python -m kvbench.status shows how far cells are.
+With several GPUs and model.device=auto a sweep uses all of them, one process each.
+Exit code: 0 done, 1 cells of a sweep are not done, 2 the request can't be met, 130 stopped by Ctrl-C, 143 by SIGTERM.
 $KVBENCH_PLUGINS: a folder with methods/, tasks/ and conf/ of your own.
 """
 
@@ -27,9 +30,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,9 +54,20 @@ from kvbench.config import Node, Protocol, Run, RunConfig, convert, register
 from kvbench.errors import UsageError
 from kvbench.list import choices, conf_folder, listing, user_conf_folder
 from kvbench.plugins import known
+from kvbench.report.summary import print_summary
+from kvbench.store import is_done
 
 BAD_INPUT = (UsageError, HydraException, OmegaConfBaseException)
-Action = Callable[[Sequence[Node], Callable[[Exception], None]], None]
+Tell = Callable[[Exception], None]
+Action = Callable[[Sequence[Node], Tell], None]
+
+
+class NotDone(Exception):
+    """A sweep has ended and some of its cells have not all their records."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM."""
 
 
 def main(argv: Sequence[str] | None = None, action: Action | None = None) -> int:
@@ -58,17 +75,42 @@ def main(argv: Sequence[str] | None = None, action: Action | None = None) -> int
 
     `action` takes the jobs' composed configurations, and whom to tell of bad ones; without it the jobs' cells are run.
     """
+    return guarded(lambda: compose(list(sys.argv[1:] if argv is None else argv), action))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """The exit code of `run`, or of what ended it: bad input, Ctrl-C, SIGTERM."""
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv), action or start)
+        with _sigterm_interrupts():
+            return run()
     except BAD_INPUT as error:
         print(f"kvbench: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("kvbench: interrupted: the same command continues", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"kvbench: interrupted: {str(stop) or 'the same command continues'}", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
 
 
-def _main(argv: list[str], action: Action) -> int:
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Meanwhile SIGTERM ends a run as Ctrl-C does, unless somebody else handles it, as submitit does in its jobs."""
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def compose(argv: list[str], action: Action | None) -> int:
+    """`main` that raises what is wrong with all of the command line."""
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     arguments = parser.parse_intermixed_args(argv)
@@ -90,10 +132,13 @@ def _main(argv: list[str], action: Action) -> int:
     def tell(error: Exception) -> None:
         nonlocal code
         print(f"kvbench: {one_line(error)}", file=sys.stderr)
-        code = 2
+        code = max(code, 1 if isinstance(error, NotDone) else 2)
 
-    def job(*configs: Node) -> None:  # several from a launcher that shares prefills
-        action(configs, tell)
+    def job(*configs: Node, **launcher: Any) -> None:  # a launcher gives all of a sweep, and how to run it
+        if action:
+            action(configs, tell)
+        else:
+            start(configs, tell, **launcher)
 
     register()
     run = hydra.main(config_path=str(conf_folder().absolute()), config_name="config", version_base="1.3")(job)
@@ -108,33 +153,60 @@ def _main(argv: list[str], action: Action) -> int:
     return code
 
 
-def start(configs: Sequence[Node], tell: Callable[[Exception], None]) -> None:
+def start(
+    configs: Sequence[Node],
+    tell: Tell,
+    words: Sequence[Sequence[str]] = (),
+    elsewhere: Callable[..., None] | None = None,
+) -> None:
     """Turns composed configurations into cells, and runs them in groups that share every prefill.
 
-    What is wrong with one of them is told, and the others go on.
+    What is wrong with one of them is told, and the others go on. `elsewhere` runs groups in other processes, given
+    the `words` of each of their cells.
     """
-    runs = []
-    for config in configs:
+    runs: dict[int, Run] = {}
+    for index, config in enumerate(configs):
         try:
-            runs.append(convert(config))
+            runs[index] = convert(config)
         except BAD_INPUT as error:
             tell(error)
-    from kvbench.evaluate import run_cells  # imports torch, as the methods did
+    groups = shared_prefills(runs)
+    if elsewhere:
+        waiting = [group for group in groups if any(runs[i].settings.redo or not _is_done(runs[i]) for i in group)]
+        if waiting:
+            elsewhere([[words[i] for i in group] for group in waiting], runs[waiting[0][0]].settings.results)
+        for group in groups:
+            folders = [runs[i].cell.folder(runs[i].settings.results) for i in group if _is_done(runs[i])]
+            if folders:
+                print_summary(folders, new=len(waiting))
+    else:
+        from kvbench.evaluate import run_cells  # imports torch, as the methods did
 
-    for group in shared_prefills(runs):
-        try:
-            run_cells([run.cell for run in group], group[0].settings, alone=len(configs) == 1)
-        except BAD_INPUT as error:
-            tell(error)
+        for group in groups:
+            try:
+                run_cells([runs[i].cell for i in group], runs[group[0]].settings, alone=len(configs) == 1)
+            except BAD_INPUT as error:
+                tell(error)
+    left = [runs[i] for group in groups for i in group if not _is_done(runs[i])]
+    if left and len(configs) > 1:
+        look = f"python -m kvbench.status results={left[0].settings.results}"
+        tell(NotDone(f"{len(left)} of {sum(map(len, groups))} cells are not done: {look}"))
 
 
-def shared_prefills(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ only in method and budget, together; the same cell once."""
-    groups: dict[str, dict[str, Run]] = {}
-    for run in runs:
+def _is_done(run: Run) -> bool:
+    try:
+        return is_done(run.cell, run.settings)
+    except UsageError:  # a header of another version: told by who runs the cell
+        return False
+
+
+def shared_prefills(runs: Mapping[int, Run]) -> list[list[int]]:
+    """The keys of runs that differ only in method and budget, together; the same cell once."""
+    groups: dict[str, dict[str, int]] = {}
+    for index, run in runs.items():
         same = {k: v for k, v in run.cell.identity().items() if k not in ("method", "budget")}
         key = json.dumps([same, run.cell.model.device, str(run.settings)], sort_keys=True)
-        groups.setdefault(key, {}).setdefault(run.cell.digest, run)
+        groups.setdefault(key, {}).setdefault(run.cell.digest, index)
     return [list(group.values()) for group in groups.values()]
 
 

@@ -20,7 +20,7 @@ from kvbench.run import main
 
 # Told from the files' names alone: neither a plugin nor torch is imported.
 EARLY = {
-    "method=nope": "unknown method 'nope'; known: full, ",
+    "method=nope": "unknown method 'nope'; known: ",
     "task=nope": "unknown task 'nope'; known: ",
     "model=nope": "unknown model 'nope'; known: llama3.1-8b, ",
     "method=": "unknown method ''; known: ",
