@@ -42,7 +42,7 @@ def choices(kind: str) -> dict[str, Path]:
 def describe(file: Path) -> str:
     """One line about a choice: a class's docstring, or the comment that a YAML file opens with."""
     if file.suffix == ".py":
-        return plugins.summary(file)
+        return plugins.about(file).summary
     lines = file.read_text().splitlines() or [""]
     return lines[0].removeprefix("#").strip() if lines[0].startswith("#") else ""
 
@@ -58,12 +58,71 @@ def listing(kinds: tuple[str, ...] = KINDS) -> str:
     return "\n\n".join(blocks)
 
 
+COLUMNS = ("family", "trust", "last queries", "fitted", "holds")
+
+
+def traits(file: Path) -> tuple[str, ...]:
+    """What COLUMNS say of a method; a preset says it of no more than itself."""
+    if file.suffix != ".py":
+        return ("preset", "", "", "", "")
+    found = plugins.about(file)
+    aware = "seen" if found.traits.get("query_aware") == "True" else ""
+    fitted = "per model" if found.fitted else ""
+    family, trust = found.traits.get("family", ""), found.traits.get("trust", "")
+    return (family, trust, aware, fitted, found.traits.get("holds", "exact tokens"))
+
+
+def methods() -> str:
+    """Every method: its traits, and below them what it does."""
+    found = {name: traits(file) for name, file in choices("methods").items()}
+    rows = {"methods (method=)": COLUMNS} | found
+    widths = [max(map(len, column)) for column in zip(*rows.values(), strict=True)]
+    first = max(map(len, rows))
+    lines = []
+    for name, cells in rows.items():
+        padded = "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{name:<{first}}  {padded}".rstrip())
+        if name in found:
+            lines.append(f"    {describe(choices('methods')[name])}")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """docs/methods.md, from the methods' docstrings."""
+    files = plugins.files("methods")
+    table = ["| method | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    table += [f"| [`{name}`](#{name}) | " + " | ".join(traits(file)) + " |" for name, file in files.items()]
+    sections = [f"## {name}\n\n{plugins.about(file).doc}" for name, file in files.items()]
+    return "\n".join([PAGE, *table, "", "\n\n".join(sections), ""])
+
+
+PAGE = """# Methods
+
+Made by `python -m kvbench.list --page > docs/methods.md` from the docstrings in `methods/`; a test checks it.
+
+*Trust*: `published`, a published figure was re-made; `parity`, the kept sets equal those of an independent reference on
+the same keys, queries and values; `paper`, written from the paper's formulas; `reconstructed`, details were inferred.
+*Last queries*: the method looks at the context's last queries, so at the question under `protocol=aware`. *Fitted*:
+something is calibrated once per model, offline, on text that no task uses. *Holds*: what a compressed context is made
+of.
+Options are the fields of the class: `python -m kvbench.run method=<name> --cfg job` shows them with their defaults.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvbench.list", description="What there is to choose from.")
     parser.add_argument("kind", nargs="?", choices=KINDS, help="default: all three")
-    kind = parser.parse_args(argv).kind
+    parser.add_argument("--page", action="store_true", help="the methods as a page of documentation")
+    arguments = parser.parse_args(argv)
     try:
-        print(listing((kind,) if kind else KINDS))
+        if arguments.page:
+            print(page(), end="")
+        elif arguments.kind == "methods":
+            print(methods())
+        elif arguments.kind:
+            print(listing((arguments.kind,)))
+        else:
+            print("\n\n".join([methods(), listing(("tasks", "models"))]))
     except UsageError as error:
         print(f"kvbench: {error}", file=sys.stderr)
         return 2

@@ -78,8 +78,8 @@ class Method:
     budgeted: ClassVar[bool] = True
     #: What it is, how far to trust it, whether it looks at the last queries (and so at the question, if
     #: `protocol=aware`), and what a compressed context holds: columns of every list of methods.
-    family: ClassVar[Family]
-    trust: ClassVar[Trust]
+    family: ClassVar[Family] = Family.scorer
+    trust: ClassVar[Trust] = Trust.reconstructed
     query_aware: ClassVar[bool] = False
     holds: ClassVar[str] = "exact tokens"
     #: Of `scores`. A router that adds scores up wants `mass`; others reach it through `routers.as_mass`.
@@ -144,9 +144,41 @@ class Method:
         raise NotImplementedError
 
 
+class Delegate(Method):
+    """A method that asks another one, `inner`, for what it doesn't say itself."""
+
+    @property
+    def inner(self) -> Method:
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> Scale:  # type: ignore[override]
+        return self.inner.scale
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return self.inner.needs
+
+    @property
+    def calibrations(self) -> frozenset[Calibration]:
+        return self.inner.calibrations
+
+    @property
+    def protect(self) -> tuple[int, int]:
+        return self.inner.protect
+
+    def scores(self, seen: Seen, layer: int) -> Float[Tensor, "kv_heads tokens"]:
+        return self.inner.scores(seen, layer)
+
+    def allocate(
+        self, seen: Seen, scores: Sequence[Float[Tensor, "kv_heads tokens"]], rows: int
+    ) -> Int[Tensor, "layers kv_heads"]:
+        return self.inner.allocate(seen, scores, rows)
+
+
 @dataclass(frozen=True)
-class Wrapper(Method):
-    """A method over the scores of another one, `base`; it scores as its base does unless it says otherwise."""
+class Wrapper(Delegate):
+    """A method over the scores of any other one, `base`."""
 
     base: str = "snapkv"
     base_options: dict[str, Any] = field(default_factory=dict)
@@ -160,20 +192,5 @@ class Wrapper(Method):
         return build_method(self.base, **self.base_options)
 
     @property
-    def scale(self) -> Scale:  # type: ignore[override]
-        return self.scorer.scale
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        return self.scorer.needs
-
-    @property
-    def calibrations(self) -> frozenset[Calibration]:
-        return self.scorer.calibrations
-
-    @property
-    def protect(self) -> tuple[int, int]:
-        return self.scorer.protect
-
-    def scores(self, seen: Seen, layer: int) -> Float[Tensor, "kv_heads tokens"]:
-        return self.scorer.scores(seen, layer)
+    def inner(self) -> Method:
+        return self.scorer

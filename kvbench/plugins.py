@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,36 @@ def files(kind: str) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def summary(file: Path) -> str:
-    """The first line of a plugin's class docstring, read without importing it."""
+@dataclass(frozen=True)
+class About:
+    """What a plugin's file says of it, read without importing it."""
+
+    doc: str  # the class's docstring
+    traits: Mapping[str, str]  # class attributes, enums by their name; what the class leaves to its base is absent
+    fitted: bool  # has something to calibrate
+
+    @property
+    def summary(self) -> str:
+        return self.doc.partition("\n")[0]
+
+
+def about(file: Path) -> About:
     for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.ClassDef) and {"Method", "Wrapper", "Task"} & {
+        if isinstance(node, ast.ClassDef) and {"Method", "Delegate", "Wrapper", "Task"} & {
             ast.unparse(base) for base in node.bases
         }:
-            return (ast.get_docstring(node) or "").partition("\n")[0]
-    return ""
+            traits = {
+                ast.unparse(line.target): str(ast.literal_eval(line.value))
+                if isinstance(line.value, ast.Constant)
+                else ast.unparse(line.value).rpartition(".")[2]
+                for line in node.body
+                if isinstance(line, ast.AnnAssign)
+                and line.value
+                and ast.unparse(line.annotation).startswith("ClassVar")
+            }
+            functions = {line.name for line in node.body if isinstance(line, ast.FunctionDef)}
+            return About(ast.get_docstring(node) or "", traits, "calibrations" in functions)
+    return About("", {}, False)
 
 
 def known(what: str, name: str, names: Iterable[str]) -> str:

@@ -1,27 +1,24 @@
 """A scorer, an allocator and tiers, freely composed."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
 from kvbench.errors import UsageError
-from kvbench.method import Family, Method, Scale, Trust, Wrapper
+from kvbench.method import Delegate, Family, Method, Trust, Wrapper
 from kvbench.plan import Infeasible, LayerPlan, Plan, keep_all, shrink
 from kvbench.plugins import build_method, load
-from kvbench.prefill import Seen, Statistic
+from kvbench.prefill import Seen
 from kvbench.toolbox.routers import as_mass, byte_limits, hull_route
 from kvbench.toolbox.tiers import quality, tier
 
 
 @dataclass(frozen=True)
-class Compose(Method):
+class Compose(Delegate):
     """Any scorer x any allocator x tiers, tokens routed among the tiers by bytes (no paper: the free composition).
 
     Each token goes where importance x estimated quality per byte is best (`hull_route`). `tiers=[exact]` is plain
@@ -49,41 +46,17 @@ class Compose(Method):
         if self.allocator and not issubclass(load("methods", self.allocator), Wrapper):
             what = "allocates no rows over another method's scores"
             raise UsageError(f"method.allocator={self.allocator} {what}; choose one such as adakv")
-        if type(self.inner).scores is Method.scores:
+        if type(build_method(self.scorer, **self.scorer_options)).scores is Method.scores:
             raise UsageError(f"method.scorer={self.scorer} scores no tokens; choose a scorer such as snapkv")
 
     @cached_property
-    def inner(self) -> Method:
+    def inner(self) -> Method:  # type: ignore[override]
         """The allocator over the scorer: a method of its own."""
         if not self.allocator:
             return build_method(self.scorer, **self.scorer_options)
         return build_method(
             self.allocator, base=self.scorer, base_options=self.scorer_options, **self.allocator_options
         )
-
-    @property
-    def scale(self) -> Scale:  # type: ignore[override]
-        return self.inner.scale
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        return self.inner.needs
-
-    @property
-    def calibrations(self) -> frozenset[Calibration]:
-        return self.inner.calibrations
-
-    @property
-    def protect(self) -> tuple[int, int]:
-        return self.inner.protect
-
-    def scores(self, seen: Seen, layer: int) -> Float[Tensor, "kv_heads tokens"]:
-        return self.inner.scores(seen, layer)
-
-    def allocate(
-        self, seen: Seen, scores: Sequence[Float[Tensor, "kv_heads tokens"]], rows: int
-    ) -> Int[Tensor, "layers kv_heads"]:
-        return self.inner.allocate(seen, scores, rows)
 
     def plan(self, seen: Seen, budget: Allowance) -> Plan:
         if budget.limit >= sum(x.key.nbytes + x.value.nbytes for x in seen.layers):

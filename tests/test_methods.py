@@ -172,7 +172,7 @@ class TestEveryMethod:
     def test_docstring_says_where_it_comes_from(self, method: Method) -> None:
         doc = " ".join((type(method).__doc__ or "").split())
         assert any(word in doc for word in ("arXiv", "no paper", "the reference"))
-        assert plugins.summary(plugins.files("methods")[plugins.name_of(method)])
+        assert plugins.about(plugins.files("methods")[plugins.name_of(method)]).summary
 
 
 def test_wide_contexts_hold_wider_positions(tiny: Model) -> None:
