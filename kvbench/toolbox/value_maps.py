@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvbench.artefact import Calibration
@@ -63,7 +63,7 @@ class ValueMaps(Calibration):
         count = max(self.tokens // self.sequence, 2)
         fold = min(5, count)
         with torch.inference_mode(), Progress(f"fitting value maps of {model.config.name}", count) as bar:
-            for i, ids in zip(range(count), self._sequences(model), strict=False):
+            for i, ids in zip(range(count), sequences(model, self.texts, self.sequence), strict=False):
                 digest.update(ids.cpu().numpy().tobytes())
                 grams[i % fold == fold - 1].add(read_exactly(network, ids))
                 bar.advance()
@@ -80,11 +80,11 @@ class ValueMaps(Calibration):
                 scores[name].append([round(x, 4) for x in r2.tolist()])
         return tensors, {"text_sha256": digest.hexdigest(), "held_out_r2": scores}
 
-    def _sequences(self, model: Model) -> Iterator[Tensor]:
-        """Sequences of the texts, one text after the other in turn; ends with the shortest text."""
-        streams = [_stream(model, source, self.sequence) for source in self.texts]
-        for parts in zip(*streams, strict=False):
-            yield from parts
+
+def sequences(model: Model, texts: Sequence[str], length: int) -> Iterator[Int[Tensor, " length"]]:
+    """Sequences of the texts' calibration side, one text after the other in turn; ends with the shortest text."""
+    for parts in zip(*(_stream(model, source, length) for source in texts), strict=False):
+        yield from parts
 
 
 def _stream(model: Model, source: str, length: int) -> Iterator[Tensor]:
