@@ -60,7 +60,7 @@ def machine(threads: int) -> dict[str, str]:
     commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout
     return {
         "machine": f"{names[0]}, {len(names)} cores, {memory:.0f} GiB, {platform.system()}",
-        "threads": f"{threads} on either side",
+        "threads": f"{threads} in each process",
         "kvbench": f"{commit.strip()}, torch {version('torch')}, transformers {version('transformers')}",
     }
 

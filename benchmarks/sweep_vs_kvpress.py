@@ -99,10 +99,10 @@ def measure(settings: Row, raw: Path, python: Path) -> None:
     if head["settings"] != json.loads(json.dumps(settings)):
         sys.exit(f"{raw} was measured with other settings: choose another --out, or delete it")
     done = {(row["new_tokens"], row["block"], row["side"]) for row in rows}
-    sides = list(SIDES) if settings["apart"] else ["kvpress", "kvbench"]
+    sides = ["kvpress", "kvbench", *(["unbatched", "alone"] if settings["apart"] else [])]
     for new_tokens in settings["new_tokens"]:
         for block in range(settings["blocks"]):
-            for side in sides if block % 2 == 0 else reversed(sides):
+            for side in sides if block % 2 == 0 else reversed(sides):  # no side is always the first
                 if (new_tokens, block, side) in done:
                     continue
                 if side == "kvpress":
