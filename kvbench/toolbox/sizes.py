@@ -49,15 +49,17 @@ def thin_rows(
     exact = budget.charged(*EXACT.row_bytes(seen.dim, seen.dtype))
     if grow and budget.limit >= layers * kv_heads * tokens * exact:
         return keep_all(seen)
+    least = min(window, tokens // 2)
     for level in levels:
         sample = tier(0, level)
         thin = budget.charged(*sample.row_bytes(seen.dim, seen.dtype))
-        fixed = budget.charged(
-            0, sum(c.fixed_bytes(kv_heads, seen.dim, seen.dtype) for c in (sample.key, sample.value))
-        )
+        once = (codec.fixed_bytes(kv_heads, seen.dim, seen.dtype) for codec in (sample.key, sample.value))
+        fixed = budget.charged(0, sum(once))
         room = (budget.limit // layers - fixed) // kv_heads
-        if thin < exact and (whole := (room - tokens * thin) // (exact - thin)) >= min(window, tokens // 2):
-            whole = min(whole, tokens if grow else window)
+        spare = room - tokens * thin - least * (exact - thin)
+        if spare >= 0:
+            more = spare // (exact - thin) if thin < exact else tokens
+            whole = min(least + more, tokens if grow else window)
             route = _split(torch.zeros_like(seen.layers[0].key[..., 0], dtype=torch.int8), whole)
             return Plan(tuple(LayerPlan((tier(i, level), EXACT), route) for i in range(layers)))
 
