@@ -375,12 +375,14 @@ def test_lagkv_does_not_see_how_a_channel_is_scaled(seed: int) -> None:
     assert not torch.equal(one, other)
 
 
-def test_lagkv_survives_constant_channels() -> None:
+def test_lagkv_survives_channels_that_are_constant() -> None:
     method = plugins.build_method("lagkv", lag=16)
     key = random_keys(0)
     key[..., 3] = 1.5
-    scores = [method.scores(with_keys(see(method), k), 0) for k in (key, torch.zeros_like(key))]
-    assert all(s.isfinite().all() for s in scores)
+    assert method._spread(key, 5).isfinite().all()
+    key[:, 40:, 3] = 2.5  # constant in the partition that follows alone
+    assert method._spread(key, 5).isfinite().all()
+    assert torch.equal(method._spread(torch.zeros_like(key), 5), torch.full((2, 5, 16), 1 / 16))
 
 
 def test_lagkv_ranks_a_partition_by_itself_and_the_next_alone() -> None:
