@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -13,10 +13,8 @@ from kvbench.errors import UsageError
 from kvbench.method import Family, Method, Scale, Trust
 from kvbench.plan import EVICTED, LayerPlan, Plan, top_rows
 from kvbench.prefill import Seen, SeenLayer, Statistic
-from kvbench.toolbox.merging import merged_layer, most_centres, pooled
+from kvbench.toolbox.merging import merged_layer, most_centres, most_similar, pooled, rows
 from kvbench.toolbox.statistics import ColumnSums, WindowAttention
-
-CHUNK = 1024  # tokens whose similarity to all centres exists at once
 
 
 @dataclass(frozen=True)
@@ -76,32 +74,15 @@ class EMS(Method):
         weight, members = rest.topk(min(int(self.factor * keep), tokens - keep))
         own = scores.gather(1, centres)
         before = own.sum(1, keepdim=True) + weight.cumsum(1) - weight
-        centre = self._nearest(x, centres, members)
+        centre = most_similar(x, members, centres, self.threshold)
         centre[before >= self.mass * scores.sum(1, keepdim=True)] = keep
         own, weight = own[..., None], weight[..., None]
 
         def average(y: Tensor) -> Tensor:
-            return pooled(own * _rows(y, centres), weight * _rows(y, members), centre) / total
+            return pooled(own * rows(y, centres), weight * rows(y, members), centre) / total
 
         total = pooled(own, weight, centre)
         size = pooled(torch.ones_like(own), torch.ones_like(weight), centre)[..., 0]
         length = x.key.float().norm(dim=-1, keepdim=True)
         key = normalize(average(x.key.float() / length), dim=-1) * average(length)
         return merged_layer(x, centres, key, average(x.value.float()), size, self.multiplicity)
-
-    def _nearest(
-        self, x: SeenLayer, centres: Int64[Tensor, "kv_heads rows"], members: Int64[Tensor, "kv_heads members"]
-    ) -> Int64[Tensor, "kv_heads members"]:
-        """Each member's most similar centre; `rows` where none is similar enough."""
-        units = [normalize(y.float(), dim=-1) for y in (x.key, x.value)]
-        found = [members[:, :0]]
-        for part in members.split(CHUNK, 1):
-            key, value = ((_rows(y, part) @ _rows(y, centres).mT).relu() for y in units)
-            best, centre = (key * value).max(-1)
-            found.append(centre.masked_fill(best <= self.threshold, centres.shape[1]))
-        return torch.cat(found, 1)
-
-
-def _rows(x: Float[Tensor, "kv_heads tokens dim"], index: Int64[Tensor, "kv_heads chosen"]) -> Tensor:
-    """The chosen rows of each KV head."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

@@ -8,10 +8,13 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from kvbench.budget import Allowance
 from kvbench.plan import EVICTED, EXACT, Infeasible, LayerPlan, Made, Plan, keep_all, weigh
 from kvbench.prefill import Seen, SeenLayer
+
+CHUNK = 1024  # tokens whose similarity to all centres exists at once
 
 MERGED = replace(EXACT, name="merged")  # rows made of several tokens: their log multiplicities are held, 4 bytes each
 
@@ -42,6 +45,32 @@ def most_centres(seen: Seen, budget: Allowance, make: Callable[[int], Plan]) -> 
 def _charged(budget: Allowance, plan: Plan, seen: Seen) -> int:
     weight = weigh(plan, seen)
     return budget.charged(weight.payload, weight.metadata)
+
+
+def rows(
+    x: Float[Tensor, "kv_heads tokens dim"], index: Int64[Tensor, "kv_heads chosen"]
+) -> Float[Tensor, "kv_heads chosen dim"]:
+    """The chosen rows of each KV head."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def most_similar(
+    x: SeenLayer,
+    members: Int64[Tensor, "kv_heads members"],
+    centres: Int64[Tensor, "kv_heads rows"],
+    threshold: float,
+) -> Int64[Tensor, "kv_heads members"]:
+    """The centre with the largest cosine of keys times cosine of values (negative ones are 0) for each member.
+
+    It is the number of centres where nothing is above `threshold`.
+    """
+    units = [normalize(y.float(), dim=-1) for y in (x.key, x.value)]
+    found = [members[:, :0]]
+    for part in members.split(CHUNK, 1):
+        key, value = ((rows(y, part) @ rows(y, centres).mT).relu() for y in units)
+        best, centre = (key * value).max(-1)
+        found.append(centre.masked_fill(best <= threshold, centres.shape[1]))
+    return torch.cat(found, 1)
 
 
 def pooled(
