@@ -463,12 +463,6 @@ LADDERS = [
     st.floats(0.01, 0.99),
     st.sampled_from(["interleaved", "ladder"]),
 )
-    st.sampled_from(LADDERS),
-    st.integers(0, 6),
-    st.integers(2, 400),
-    st.floats(0.01, 0.99),
-    st.sampled_from(["interleaved", "ladder"]),
-)
 def test_lacache_equals_the_walk(
     sizes: tuple[int, int, int], sinks: int, tokens: int, share: float, pattern: str
 ) -> None:
