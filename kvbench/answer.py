@@ -13,7 +13,7 @@ from torch import Tensor
 from kvbench.cache.fork import Fork
 from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell
-from kvbench.decode import feed, greedy
+from kvbench.decode import feed, follow, greedy
 from kvbench.errors import UsageError
 from kvbench.method import Method
 from kvbench.model import Model
@@ -86,12 +86,16 @@ class _Conversations:
         self._model, self._cache, self._method, self._followed = model, cache, method, unit.followed
         self._after: dict[str, Fork] = {}
 
-    def ask(self, turn: Turn) -> tuple[Fork, Float[Tensor, " vocabulary"]]:
-        """A fork that has read the question, and the logits of the answer's first token."""
+    def ask(
+        self, turn: Turn, continuations: Sequence[Sequence[int]] = ()
+    ) -> tuple[Fork, Float[Tensor, " vocabulary"], list[Float[Tensor, "_ vocabulary"]]]:
+        """A fork that has read the question, the logits of the answer's first token, and the log-probabilities, in
+        float32, of each token of given continuations."""
         before = turn.example.follows
         fork = self._after[before].fork() if before else Fork(self._cache, self._method)
-        fed = torch.tensor([turn.fed], device=self._model.network.device)
-        return fork, feed(self._model.network, [fork], fed, last_only=True)[0, -1]
+        fed = torch.tensor(turn.fed, device=self._model.network.device)
+        first, logits = follow(self._model.network, fork, fed, continuations)
+        return fork, first, [x.float().log_softmax(-1) for x in logits]
 
     def remember(self, example: Example, fork: Fork, answer: Sequence[int]) -> None:
         """Puts the answer (or what the task has for it) into the history of the turns to come."""
@@ -110,11 +114,21 @@ def ask_full(model: Model, full: CompressedCache, unit: Unit) -> dict[str, FullA
     talk = _Conversations(model, full, Method(), unit)
     found = {}
     for turn in unit.turns:
-        fork, first = talk.ask(turn)
-        [ids] = _greedy(model, [fork], [first], turn.example)
-        found[turn.example.id] = FullAnswer(tuple(ids), _teacher_forced(model, fork, first, ids))
+        fork, first, _ = talk.ask(turn)
+        [ids] = greedy(
+            model.network, [fork], first[None], ended_by(model, turn.example.stop), turn.example.max_new_tokens
+        )
+        # Asked again with the continuations that every cell is asked for: the same pass, so rounded the same way.
+        fork, _, logprobs = talk.ask(turn, _continuations(model, turn.example, ids))
+        found[turn.example.id] = FullAnswer(tuple(ids), logprobs[1])
         talk.remember(turn.example, fork, ids)
     return found
+
+
+def _continuations(model: Model, example: Example, full: Sequence[int]) -> list[Sequence[int]]:
+    """What is teacher-forced after a question: the reference text, the full cache's answer, the choices."""
+    texts = [model.writer.encode(text) for text in (example.target, *example.choices)]
+    return [texts[0], full, *texts[1:]]
 
 
 @dataclass(frozen=True)
@@ -137,17 +151,20 @@ def answers(
     for turn in unit.turns:
         example = turn.example
         listening = [i for i, one in enumerate(asked) if example.id not in one.done or example.id in unit.followed]
+        continuations = _continuations(model, example, full[example.id].ids)
         forks, firsts, records = {}, {}, {}
         for i in listening:
-            forks[i], firsts[i] = talks[i].ask(turn)
-            records[i] = _fidelity(model, forks[i], firsts[i], example, full[example.id])
+            forks[i], firsts[i], logprobs = talks[i].ask(turn, continuations)
+            records[i] = _fidelity(continuations[0], logprobs[0], full[example.id], logprobs[1])
             records[i]["bytes_tail"] = forks[i].tail_bytes
             if example.choices:
-                records[i] |= _choose(model, forks[i], firsts[i], asked[i].cell, example)
+                records[i] |= _choose(asked[i].cell, example, continuations[2:], logprobs[2:])
         writing = [i for i in listening if not example.choices and asked[i].cell.generate]
         writing = [i for i in writing if asked[i].cell.task.generates]
         said: dict[int, list[int]] = {i: [] for i in listening}
-        greedily = _greedy(model, [forks[i] for i in writing], [firsts[i] for i in writing], example)
+        # An answer goes into a fork of its own only where a follow-up will need the one before it.
+        answering = [forks[i].fork() if example.id in unit.followed else forks[i] for i in writing]
+        greedily = _greedy(model, answering, [firsts[i] for i in writing], example)
         for i, ids in zip(writing, greedily, strict=True):
             text = model.writer.decode(ids)
             score = asked[i].cell.task.score(example, text)
@@ -178,19 +195,18 @@ def _greedy(
     if not forks:
         return []
     ended = ended_by(model, example.stop)
-    going_on = [fork.fork() for fork in forks]
-    return greedy(model.network, going_on, torch.stack(list(firsts)), ended, example.max_new_tokens, model.rows)
+    return greedy(model.network, forks, torch.stack(list(firsts)), ended, example.max_new_tokens, model.rows)
 
 
 def _fidelity(
-    model: Model, fork: Fork, first: Float[Tensor, " vocabulary"], example: Example, full: FullAnswer
+    target: Sequence[int],
+    logprobs: Float[Tensor, "target vocabulary"],
+    full: FullAnswer,
+    mine: Float[Tensor, "answer vocabulary"],
 ) -> dict[str, Any]:
     """NLL of the reference text; KL divergence and top-1 agreement to the full cache, along its greedy answer."""
-    target = model.writer.encode(example.target)
-    nll = -_teacher_forced(model, fork, first, target)[range(len(target)), list(target)].mean()
-    mine = _teacher_forced(model, fork, first, full.ids)
     return {
-        "answer_nll": float(nll),
+        "answer_nll": -float(logprobs[range(len(target)), list(target)].mean()),
         "kl_full": float((full.logprobs.exp() * (full.logprobs - mine)).sum(-1).mean()),
         "agree_full": float((full.logprobs.argmax(-1) == mine.argmax(-1)).float().mean()),
         "tokens_target": len(target),
@@ -199,26 +215,14 @@ def _fidelity(
 
 
 def _choose(
-    model: Model, fork: Fork, first: Float[Tensor, " vocabulary"], cell: Cell, example: Example
+    cell: Cell,
+    example: Example,
+    choices: Sequence[Sequence[int]],
+    logprobs: Sequence[Float[Tensor, "_ vocabulary"]],
 ) -> dict[str, Any]:
     """The log-probabilities of given continuations, and the score that the task makes of them."""
-    sums, greedy_all = [], []
-    for choice in example.choices:
-        ids = model.writer.encode(choice)
-        logprobs = _teacher_forced(model, fork, first, ids)
-        sums.append(float(logprobs[range(len(ids)), list(ids)].sum()))
-        greedy_all.append(logprobs.argmax(-1).tolist() == list(ids))
+    sums = [float(x[range(len(ids)), list(ids)].sum()) for ids, x in zip(choices, logprobs, strict=True)]
+    greedy_all = [x.argmax(-1).tolist() == list(ids) for ids, x in zip(choices, logprobs, strict=True)]
     best = example.choices[max(range(len(sums)), key=sums.__getitem__)]
     score = cell.task.score_choices(example, sums, greedy_all)
     return {"score": score, "answer": best, "choice_logprobs": sums, "choice_greedy": greedy_all}
-
-
-def _teacher_forced(
-    model: Model, fork: Fork, first: Float[Tensor, " vocabulary"], ids: Sequence[int]
-) -> Float[Tensor, "ids vocabulary"]:
-    """Log-probabilities, in float32, of each token of a continuation; `first` are the logits of its first token."""
-    logits = first[None]
-    if len(ids) > 1:
-        before = torch.tensor([ids[:-1]], device=first.device)
-        logits = torch.cat([logits, feed(model.network, [fork.fork()], before)[0]])
-    return logits.float().log_softmax(-1)

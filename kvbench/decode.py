@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +59,42 @@ def feed(
             fork.advance(row)
     hidden = kept[-1][:, -1:] if last_only else torch.cat(kept, 1)
     return network.logits(hidden)[: len(forks)]
+
+
+def follow(
+    network: Network, fork: Fork, ids: Int[Tensor, " new"], branches: Sequence[Sequence[int]]
+) -> tuple[Float[Tensor, " vocabulary"], list[Float[Tensor, "_ vocabulary"]]]:
+    """Appends `ids` to a fork, and looks at several continuations without appending them.
+
+    Returns the logits after `ids`, and for each branch those of each of its tokens, teacher-forced. All of it is one
+    pass where the method lets it: the branches follow `ids` side by side and don't see each other.
+    """
+    fed = [branch[:-1] for branch in branches]
+    extra = sum(map(len, fed))
+    if fork.method.steps or fork.tiered or extra > BLOCK:
+        first = feed(network, [fork], ids[None], last_only=True)[0, -1]
+        after = [feed(network, [fork.fork()], ids.new_tensor([part]))[0] if part else first[:0] for part in fed]
+        return first, [torch.cat([first[None], x]) if len(x) else first[None] for x in after]
+    if len(ids) > BLOCK:
+        feed(network, [fork], ids[None, :-BLOCK], last_only=True)
+        ids = ids[-BLOCK:]
+    trunk = len(ids)
+    every = torch.cat([ids, ids.new_tensor([token for part in fed for token in part])])
+    position = [torch.arange(trunk), *(trunk + torch.arange(len(part)) for part in fed)]
+    tree = torch.zeros(len(every), len(every), dtype=torch.bool)
+    starts = [trunk]
+    for part in fed:
+        starts.append(starts[-1] + len(part))
+        tree[starts[-2] : starts[-1], starts[-2] : starts[-1]] = True
+    tree[:, :trunk] = True
+    fork.tree = tree.tril().to(ids.device)
+    layers = [_Rows([layer]) for layer in fork.layers]
+    hidden = network.hidden(every[None], fork.next_position + torch.cat(position).to(ids.device)[None], layers)[0]
+    fork.tree = None
+    fork.forget(extra)
+    fork.advance(ids)
+    logits = network.logits(hidden[trunk - 1 :])
+    return logits[0], [torch.cat([logits[:1], logits[a - trunk + 1 : b - trunk + 1]]) for a, b in pairwise(starts)]
 
 
 def greedy(

@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import ids_of
 
+from kvbench import plugins
+from kvbench.budget import Budget
 from kvbench.cache.fork import Fork
 from kvbench.cache.hf import Network
 from kvbench.cache.packed import CompressedCache
-from kvbench.decode import feed, greedy, rows_together
+from kvbench.decode import feed, follow, greedy, rows_together
 from kvbench.method import Method
 from kvbench.model import Model
 from kvbench.plan import keep_all
@@ -63,3 +65,27 @@ def test_a_machine_where_company_changes_bits_decodes_alone(tiny: Model, monkeyp
 
     monkeypatch.setattr(Network, "hidden", coupled)
     assert rows_together(tiny.network, 8) == 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("method", ["full", "snapkv"])
+def test_branches_see_what_goes_before_them_and_not_each_other(tiny: Model, method: str) -> None:
+    """One pass over a question and several continuations of it, or one pass each: the same logits and fork."""
+    network = tiny.network
+    made = plugins.build_method(method)
+    seen = read_exactly(network, ids_of(network, 60), made.needs)
+    cache = CompressedCache.pack(made.plan(seen, Budget.parse("0.5").allow(60 * network.row_bytes(), 60)), seen)
+    ids, branches = ids_of(network, 9, seed=1), [(5, 6, 7, 8), (9,), (5, 6, 3)]
+    fork, plain = Fork(cache, made), Fork(cache, made)
+    first, found = follow(network, fork, ids, branches)
+    expected = feed(network, [plain], ids[None])[0, -1]
+    torch.testing.assert_close(first, expected, atol=1e-4, rtol=0)
+    for branch, logits in zip(branches, found, strict=True):
+        assert len(logits) == len(branch)
+        torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=0)
+        if len(branch) > 1:
+            alone = feed(network, [plain.fork()], torch.tensor([branch[:-1]]))[0]
+            torch.testing.assert_close(logits[1:], alone, atol=1e-4, rtol=0)
+    token = torch.tensor([[4]])
+    assert fork.tail_bytes == plain.tail_bytes
+    torch.testing.assert_close(feed(network, [fork], token), feed(network, [plain], token), atol=1e-4, rtol=0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvbench.cache.attention import attention_weights, causal_mask, oracle_attention, tiered_attention
@@ -109,6 +109,8 @@ class ForkLayer:
         """None where every new token sees every row; boolean; or additive where rows carry a bias."""
         heads, new, _ = query.shape
         mask = None if new == 1 else causal_mask(new, self.length, query.device)[None]
+        if self.fork.tree is not None:
+            mask = torch.nn.functional.pad(self.fork.tree, (self.length - new, 0), value=True)[None]
         if self.fork.method.selects:
             chosen = self.fork.method.select(self.state, query, self.packed)
             chosen = chosen.repeat_interleave(heads // chosen.shape[0], 0)
@@ -154,6 +156,7 @@ class Fork:
         self.method, self.tiered = method, tiered
         self.token_ids = cache.token_ids  # of everything read so far
         self.next_position = cache.next_position
+        self.tree: Bool[Tensor, "new new"] | None = None  # which new tokens see which, where that isn't their order
         self.layers = [
             ForkLayer(packed, state, self, i)
             for i, (packed, state) in enumerate(zip(cache.layers, cache.states, strict=True))
@@ -168,6 +171,11 @@ class Fork:
         """Called once `ids` have gone through every layer."""
         self.token_ids = torch.cat([self.token_ids, ids])
         self.next_position += len(ids)
+
+    def forget(self, rows: int) -> None:
+        """Takes the newest rows back, before `advance`."""
+        for layer in self.layers:
+            layer.length -= rows
 
     @property
     def tail_bytes(self) -> int:
