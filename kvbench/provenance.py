@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def segment() -> dict[str, Any]:
     }
 
 
+@cache  # of one process: the code that it has loaded
 def checkout(root: Path) -> dict[str, Any]:
     """Commit and dirty flag (untracked files count) of the checkout at `root`; nulls where `root` is none."""
     unknown = {"commit": None, "dirty": None}
@@ -49,6 +51,7 @@ def git(root: Path, *arguments: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=5, check=True).stdout
 
 
+@cache
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -201,13 +202,18 @@ def is_done(cell: Cell, settings: Settings) -> bool:
     return header["exhausted"] or (settings.limit is not None and header["examples"] >= settings.limit)
 
 
-def _take(lock: int, folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"another process is writing {folder}; wait for it, or stop it") from None
-    except OSError as error:
-        raise UsageError(f"could not lock {folder}: {error.strerror}; use a results= folder elsewhere") from error
+def _take(lock: int, folder: Path, patience: float = 1.0) -> None:
+    """Locks a cell. `status` looks at locks for a moment, and network disks let go of a dead process's late."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise UsageError(f"another process is writing {folder}; wait for it, or stop it") from None
+            time.sleep(0.05)
+        except OSError as error:
+            raise UsageError(f"could not lock {folder}: {error.strerror}; use a results= folder elsewhere") from error
 
 
 def _continued(folder: Path, cell: Cell, facts: dict[str, Any], started: bool) -> dict[str, Any]:

@@ -70,20 +70,28 @@ class FromKey(Codec):
         token = rows.token[None, : layout.width] if layout.shared else layout.pad(rows.token[:, None])[..., 0]
         return token_features(self.embeddings, token)
 
-    def _parts(self, rows: Rows) -> list[tuple[Float[Tensor, "heads width some"], Float[Tensor, "kv_heads some dim"]]]:
-        """x in its parts, each with the rows of W that it meets."""
-        key = self._keys(rows)
-        parts = [(key, self.weight[:, : key.shape[-1]].float())]
-        if self.embeddings is not None:
-            parts.append((self._tokens(rows), self.weight[:, key.shape[-1] :].float()))
-        return parts
+    def _weights(self, rows: Rows) -> tuple[Float[Tensor, "kv_heads some dim"], Float[Tensor, "kv_heads rest dim"]]:
+        """The rows of W that meet keys, and those that meet embeddings, in float32."""
+        assert rows.key is not None
+        keys = rows.key.shape[-1] * (len(rows.layout.counts) if self.all_heads else 1)
+        return self.weight[:, :keys].float(), self.weight[:, keys:].float()
+
+    def _token_term(self, rows: Rows, weight: Tensor) -> Float[Tensor, "kv_heads width dim"]:
+        """What the tokens' embeddings add to the estimates: computed once for each distinct token."""
+        assert self.embeddings is not None
+        assert rows.token is not None
+        layout = rows.layout
+        distinct, which = rows.token.unique(return_inverse=True)
+        terms = _for_all_heads(token_features(self.embeddings, distinct), weight)
+        if layout.shared:
+            return terms[:, which[: layout.width]]
+        return layout.pad(terms[layout.heads(which.device), which])
 
     def predict(self, rows: Rows) -> Float[Tensor, "kv_heads width dim"]:
         """The estimate without the context's intercept, in float32."""
-        value = self.bias.float()[:, None]
-        for x, weight in self._parts(rows):
-            value = value + (_for_all_heads(x[0], weight) if len(x) == 1 else x @ weight)
-        return value
+        key, (by_key, by_token) = self._keys(rows), self._weights(rows)
+        value = self.bias.float()[:, None] + (_for_all_heads(key[0], by_key) if len(key) == 1 else key @ by_key)
+        return value if self.embeddings is None else value + self._token_term(rows, by_token)
 
     def fit(self, x: Float[Tensor, "rows dim"], rows: Rows) -> Stored:
         if not self.intercept:
@@ -108,10 +116,9 @@ class FromKey(Codec):
     ) -> Float[Tensor, "kv_heads new dim"]:
         """(weights x) W + (sum of weights) b: no value is built."""
         constant = self.bias.float() + self._shift(fixed)
-        mixed = weights.sum(-1, keepdim=True) * constant[:, None]
-        for x, weight in self._parts(rows):
-            mixed = mixed + weights @ x @ weight
-        return mixed
+        by_key, by_token = self._weights(rows)
+        mixed = weights.sum(-1, keepdim=True) * constant[:, None] + weights @ self._keys(rows) @ by_key
+        return mixed if self.embeddings is None else mixed + weights @ self._tokens(rows) @ by_token
 
 
 def _for_all_heads(
