@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,11 @@ PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "hydra-core", "nu
 
 def segment() -> dict[str, Any]:
     """What this process runs on. GPUs and thread counts are known to whoever loads the model, not here."""
+    return copy.deepcopy(_segment())
+
+
+@cache
+def _segment() -> dict[str, Any]:
     return {
         **checkout(Path(kvbench.__file__).parent.parent),
         "python": platform.python_version(),
@@ -30,7 +36,6 @@ def segment() -> dict[str, Any]:
     }
 
 
-@cache  # of one process: the code that it has loaded
 def checkout(root: Path) -> dict[str, Any]:
     """Commit and dirty flag (untracked files count) of the checkout at `root`; nulls where `root` is none."""
     unknown = {"commit": None, "dirty": None}
@@ -51,7 +56,6 @@ def git(root: Path, *arguments: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=5, check=True).stdout
 
 
-@cache
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -336,7 +336,7 @@ def test_provenance_knows_a_checkout_from_a_folder_in_one(tmp_path: Path) -> Non
 
 def test_provenance_is_complete_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    found = provenance.segment()
+    found = provenance._segment.__wrapped__()
     assert found["commit"] is None
     assert found["versions"]["kvbench"]
     assert found["hardware"]["memory_bytes"] > 2**20
