@@ -19,6 +19,8 @@ from kvbench.fetch import corpus
 
 Part = Literal["task", "calibration"]
 
+CALIBRATION_TEXTS = ("essays", "squad", "hotpotqa", "pydoc", "stdlib")  # prose, questions and code: the default mix
+
 _DATE = r"(?:January|February|March|April|May|June|July|August|September|October|November|December) (?:19|20)\d\d"
 # RULER's file has the essays glued together, and each begins with its date. A date inside a sentence follows a blank or
 # a bracket, or a word at the end of a line, and goes on with neither a line end nor a capital.

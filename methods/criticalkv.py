@@ -1,11 +1,10 @@
 """CriticalKV."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from kvbench.budget import Allowance
@@ -48,11 +47,6 @@ class CriticalKV(Wrapper):
     def scores(self, seen: Seen, layer: int) -> Float[Tensor, "kv_heads tokens"]:
         raw = as_mass(self.scorer.scores(seen, layer), self.scorer.scale)
         return (raw + EPSILON) * seen.statistics[OutputNorms()][layer]
-
-    def allocate(
-        self, seen: Seen, scores: Sequence[Float[Tensor, "kv_heads tokens"]], rows: int
-    ) -> Int[Tensor, "layers kv_heads"]:
-        return self.scorer.allocate(seen, scores, rows)
 
     def plan(self, seen: Seen, budget: Allowance) -> Plan:
         raw = [self.scorer.scores(seen, layer) for layer in range(len(seen.layers))]

@@ -7,6 +7,7 @@ from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
 from kvbench.cache.codecs.low_rank import LowRank
 from kvbench.cache.layout import index_dtype
+from kvbench.corpora import CALIBRATION_TEXTS
 from kvbench.errors import UsageError
 from kvbench.method import Family, Method, Trust
 from kvbench.plan import Infeasible, LayerPlan, Plan, Tier, keep_all
@@ -32,7 +33,7 @@ class Palu(Method):
 
     ratio: float | None = None
     heads: int = 4
-    texts: tuple[str, ...] = ("essays", "squad", "hotpotqa", "pydoc", "stdlib")
+    texts: tuple[str, ...] = CALIBRATION_TEXTS
 
     def __post_init__(self) -> None:
         if not 0 < (1 if self.ratio is None else self.ratio) <= 1 or self.heads < 1:

@@ -13,6 +13,7 @@ from kvbench.cache.codecs.exact import Exact
 from kvbench.cache.codecs.from_key import FromKey
 from kvbench.cache.codecs.quant import Quant
 from kvbench.cache.layout import index_dtype
+from kvbench.corpora import CALIBRATION_TEXTS
 from kvbench.errors import UsageError
 from kvbench.method import Family, Trust, Wrapper
 from kvbench.plan import EXACT, Infeasible, LayerPlan, Plan, Tier, keep_all, shrink
@@ -20,8 +21,6 @@ from kvbench.prefill import Seen, SeenLayer
 from kvbench.toolbox.routers import as_mass, byte_limits, hull_route, paper_counts, paper_route
 from kvbench.toolbox.tiers import all_rows, tier
 from kvbench.toolbox.value_maps import Features, Maps, ValueMaps
-
-TEXTS = ("essays", "squad", "hotpotqa", "pydoc", "stdlib")
 
 
 class Router(enum.Enum):
@@ -55,7 +54,7 @@ class Vector(Wrapper):
     intercept: bool = True
     key_bits: int = 16
     retain_bits: int = 16
-    texts: tuple[str, ...] = TEXTS
+    texts: tuple[str, ...] = CALIBRATION_TEXTS
     calibration_tokens: int = 65536
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kvbench import plugins
 from kvbench.store import read_cell
 
 COLUMNS = {
@@ -34,12 +35,15 @@ def print_summary(folders: Sequence[Path], new: int) -> None:
     first = read_cell(folders[0])[0]["identity"]
     title = f"{first['task']['name']}, {first['model']['name']}, {first['protocol']}"
     table = Table(title=title, title_justify="left")
-    for name in ("method", "budget", "n", "bytes held", "of full", *(title for title, _ in COLUMNS.values())):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    files = plugins.files("methods")
+    for name in ("method", "trust", "budget", "n", "bytes held", "of full", *(title for title, _ in COLUMNS.values())):
+        table.add_column(name, justify="left" if name in ("method", "trust") else "right")
     for folder in folders:
         header, records = read_cell(folder)
         held, full = mean(records, "bytes_held"), mean(records, "bytes_full")
-        row = [header["label"], header["identity"]["budget"], str(len(records))]
+        file = files.get(header["identity"]["method"]["name"])  # None: another folder's plugin
+        trust = plugins.about(file).traits.get("trust", "") if file else ""
+        row = [header["label"], trust, header["identity"]["budget"], str(len(records))]
         row += [f"{held:,.0f}", f"{held / full:.4f}"] if held and full else ["", ""]
         for field, (_, form) in COLUMNS.items():
             value = mean(records, field)
@@ -48,7 +52,8 @@ def print_summary(folders: Sequence[Path], new: int) -> None:
         table.add_row(*row)
     console = Console()
     if not console.is_terminal:
-        console.width = 140
+        console.width = 160
     console.print(table)
     done = "" if new else "nothing to do: these records are complete (redo=true makes them again). "
-    console.print(f"{done}Records: {', '.join(map(str, folders))}", soft_wrap=True, markup=False, highlight=False)
+    where = ", ".join(map(str, folders)) if len(folders) <= 4 else f"{folders[0].parent}/ ({len(folders)} cells)"
+    console.print(f"{done}Records: {where}", soft_wrap=True, markup=False, highlight=False)
