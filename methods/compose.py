@@ -23,8 +23,8 @@ class Compose(Delegate):
 
     Each token goes where importance x estimated quality per byte is best (`hull_route`). `tiers=[exact]` is plain
     eviction, `tiers=[int4]` a scorer with survivors at 4 bits, and `tiers=[exact,int2]` mixed precision. `allocator` is
-    any method that allocates rows over another's scores; empty: equal shares. Scores that only rank are mapped to
-    positive numbers first.
+    any method that allocates rows over another's scores; empty: as the scorer itself does, mostly `uniform`. Scores
+    that only rank are mapped to positive numbers first.
     """
 
     family: ClassVar[Family] = Family.router

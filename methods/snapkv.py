@@ -23,7 +23,7 @@ class SnapKV(Method):
     """
 
     family: ClassVar[Family] = Family.scorer
-    trust: ClassVar[Trust] = Trust.paper
+    trust: ClassVar[Trust] = Trust.parity
     query_aware: ClassVar[bool] = True
     scale: ClassVar[Scale] = Scale.mass
 

@@ -19,7 +19,7 @@ class StreamingLLM(Method):
     """
 
     family: ClassVar[Family] = Family.pattern
-    trust: ClassVar[Trust] = Trust.paper
+    trust: ClassVar[Trust] = Trust.parity
 
     sinks: int = 4
 

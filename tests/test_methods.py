@@ -15,11 +15,12 @@ from kvbench import plugins
 from kvbench.artefact import load_or_fit
 from kvbench.budget import Budget
 from kvbench.cache.fork import Fork
+from kvbench.cache.hf import Network
 from kvbench.cache.packed import CompressedCache
 from kvbench.decode import feed
 from kvbench.method import Axis, Method
 from kvbench.model import Model
-from kvbench.plan import Infeasible, Plan, weigh
+from kvbench.plan import EVICTED, Infeasible, Plan, shrink, weigh
 from kvbench.prefill import Reader, Seen, read_exactly
 
 TOKENS, NEW = 200, 7
@@ -152,6 +153,33 @@ class TestEveryMethod:
         plans = [pack_near(method, see(method, tiny, chunk=chunk), "0.25")[0] for chunk in (65536, 64)]
         for whole, chunked in zip(plans[0].layers, plans[1].layers, strict=True):
             assert (whole.route == chunked.route).float().mean() > 0.99  # ties may fall differently
+
+    def test_protected_tokens_are_kept(self, method: Method, tiny: Model) -> None:
+        if type(method).plan is not Method.plan:
+            pytest.skip("has a plan of its own: its tests say what it keeps")
+        plan = pack(method, see(method, tiny), "0.25")[0]
+        rows = [(layer.route != EVICTED).sum() / len(layer.route) for layer in plan.layers]
+        for layer, kept in zip(plan.layers, rows, strict=True):
+            first, last = shrink(method.protect, int(min(kept, min(rows))), TOKENS)
+            for head in layer.route:
+                mine = shrink((first, last), int((head != EVICTED).sum()), TOKENS)
+                assert (head[: mine[0]] != EVICTED).all()
+                assert (head[TOKENS - mine[1] :] != EVICTED).all()
+
+    def test_a_cache_in_bfloat16(self, method: Method, tiny: Model) -> None:
+        """Half the bytes, the same shares: planned = held, within the budget, and nothing but numbers comes out."""
+        network = Network(copy.deepcopy(tiny.network._model), torch.bfloat16)
+        half = replace(tiny, network=network, config=replace(tiny.config, dtype="bfloat16"))
+        assert network.row_bytes() * 2 == tiny.network.row_bytes()
+        seen = see(method, half)
+        assert seen.layers[0].key.dtype == torch.bfloat16
+        limit = max(int(0.25 * network.row_bytes() * TOKENS), smallest(method, seen, "0.25"))
+        plan, cache = pack(method, seen, f"{limit}B")
+        assert cache.nbytes == weigh(plan, seen).held
+        if method.budgeted and method.axis is Axis.HELD:
+            assert cache.nbytes <= limit
+        with torch.inference_mode():
+            assert feed(network, [Fork(cache, method)], ids_of(network, NEW)[None]).isfinite().all()
 
     def test_nominal_budgets_are_never_refused_for_metadata(self, method: Method, tiny: Model) -> None:
         seen = see(method, tiny)
