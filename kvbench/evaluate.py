@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,8 +38,9 @@ def run_cells(cells: Sequence[Cell], settings: Settings, alone: bool = True) -> 
     missing = [cell for cell in cells if settings.redo or not is_done(cell, settings)]
     if missing:
         model = load_model(missing[0].model)
+        task = missing[0].task  # the cells' tasks are equal: one of them draws the contexts and scores for all
         with torch.inference_mode(), ExitStack() as stack:
-            runs = [CellRun(cell, model, settings, stack, alone) for cell in missing]
+            runs = [CellRun(replace(cell, task=task), model, settings, stack, alone) for cell in missing]
             exhausted = _evaluate(runs, model, settings.limit)
             time_alone(runs, model, settings)
             for run in runs:

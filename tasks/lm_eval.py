@@ -13,7 +13,6 @@ from kvbench.errors import UsageError
 from kvbench.prompt import Writer
 from kvbench.task import Context, Example, Task
 
-_LOADED: dict[str, Any] = {}  # the options of the task last drawn from -> lm-eval's object
 _WAY_OUT = "`python -m kvbench.lm_eval_model` runs it in lm-eval's own loop"
 _SOURCES = ("context", "passage", "article", "story")  # fields that hold a document with several questions
 
@@ -77,8 +76,7 @@ class LMEval(Task):
         return made.hexdigest()
 
     def _loaded(self) -> Any:
-        # A sweep's cells have equal tasks, and only one of them has drawn the contexts.
-        return _LOADED[repr(self)]
+        return vars(self)["loaded"]
 
     def _document(self, example: Example) -> tuple[Any, Any]:
         task = self._loaded()
@@ -103,8 +101,7 @@ class LMEval(Task):
         if self.shots is not None:
             task.set_config("num_fewshot", self.shots)
         task.set_fewshot_seed(1234 + seed)
-        _LOADED.clear()  # tasks can be large
-        _LOADED[repr(self)] = task
+        vars(self)["loaded"] = task  # for the scores; no option, so no field
         return task
 
     def _build(self, metadata: dict[str, Any]) -> Any:
