@@ -21,6 +21,8 @@ COLUMNS = {
     "tokens_kept": ("tokens kept", "{:.0f}"),
     "bytes_shared": ("shared MiB", "{:.2f}"),
     "compress_s": ("compress s", "{:.3f}"),
+    "ttft_s": ("TTFT s", "{:.2f}"),
+    "tpot_s": ("s/token", "{:.3f}"),
 }
 
 
