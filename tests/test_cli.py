@@ -182,9 +182,10 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_list_has_the_name_first(plugin_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     assert choice_list.main([]) == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
-    assert lines["painted"].endswith("  Paints the cache (arXiv:0).")
-    assert lines["painted_blue"].endswith("  Painted blue")
+    shown = capsys.readouterr().out.splitlines()
+    lines = {line.split()[0]: line for line in shown if line}
+    assert shown[shown.index(lines["painted"]) + 1] == "    Paints the cache (arXiv:0)."
+    assert shown[shown.index(lines["painted_blue"]) + 1] == "    Painted blue"
     assert lines["gallery"].endswith("  Looks at paintings.")
     assert {"full", "snapkv", "niah", "smollm2-135m", "llama3.1-8b", "mine"} <= lines.keys()
     assert choice_list.main(["models"]) == 0

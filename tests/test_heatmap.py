@@ -9,13 +9,14 @@ import pytest
 
 from kvbench.errors import UsageError
 from kvbench.report.heatmap import heatmap, needles
+from kvbench.store import FORMAT
 
 
 def write(results: Path, label: str, context: int, scores: dict[float, float]) -> None:
     folder = results / "niah" / "tiny" / f"{label}-{context}"
     folder.mkdir(parents=True)
     identity = {"budget": "0.1", "protocol": "blind"}
-    (folder / "header.json").write_text(json.dumps({"format": 1, "label": label, "identity": identity}))
+    (folder / "header.json").write_text(json.dumps({"format": FORMAT, "label": label, "identity": identity}))
     records = [
         {"id": str(i), "score": score, "info": {"context": context, "depths": [depth]}}
         for i, (depth, score) in enumerate(scores.items())

@@ -74,10 +74,11 @@ def kill_at_random(forks: Forks) -> dict[str, Any]:
         code = ended(child, draw.uniform(0, whole) if kills < KILLS else 60)
         if code is None:
             os.kill(child, signal.SIGKILL)
-            assert ended(child, 60) == -signal.SIGKILL
+            code = ended(child, 60)
+        if code == -signal.SIGKILL:
             kills += 1
         else:
-            assert code == 0
+            assert code == 0  # it had got through, if only just before the signal
             sweeps += 1
             if kills == KILLS:
                 return {"kills": kills, "sweeps": sweeps, "seconds": whole}
