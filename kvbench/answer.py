@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvbench.cache.fork import Fork
+from kvbench.cache.fork import Fork, Usage
 from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell
-from kvbench.decode import feed, follow, greedy
+from kvbench.decode import Branch, feed, follow, greedy
 from kvbench.errors import UsageError
-from kvbench.method import Method
+from kvbench.method import Axis, Base, Method
 from kvbench.model import Model
 from kvbench.task import Context, Example
 
@@ -83,19 +84,18 @@ class _Conversations:
     """The forks of one cache: a first question starts one, a follow-up continues the one of the turn before it."""
 
     def __init__(self, model: Model, cache: CompressedCache, method: Method, unit: Unit) -> None:
-        self._model, self._cache, self._method, self._followed = model, cache, method, unit.followed
+        self._model, self._followed = model, unit.followed
+        self._start = Fork(cache, method)  # its rows are decoded once, for all questions
         self._after: dict[str, Fork] = {}
 
     def ask(
         self, turn: Turn, continuations: Sequence[Sequence[int]] = ()
-    ) -> tuple[Fork, Float[Tensor, " vocabulary"], list[Float[Tensor, "_ vocabulary"]]]:
-        """A fork that has read the question, the logits of the answer's first token, and the log-probabilities, in
-        float32, of each token of given continuations."""
+    ) -> tuple[Fork, Float[Tensor, " vocabulary"], list[Branch]]:
+        """A fork that has read the question, the logits of the answer's first token, and given continuations."""
         before = turn.example.follows
-        fork = self._after[before].fork() if before else Fork(self._cache, self._method)
+        fork = (self._after[before] if before else self._start).fork()
         fed = torch.tensor(turn.fed, device=self._model.network.device)
-        first, logits = follow(self._model.network, fork, fed, continuations)
-        return fork, first, [x.float().log_softmax(-1) for x in logits]
+        return fork, *follow(self._model.network, fork, fed, continuations)
 
     def remember(self, example: Example, fork: Fork, answer: Sequence[int]) -> None:
         """Puts the answer (or what the task has for it) into the history of the turns to come."""
@@ -119,8 +119,8 @@ def ask_full(model: Model, full: CompressedCache, unit: Unit) -> dict[str, FullA
             model.network, [fork], first[None], ended_by(model, turn.example.stop), turn.example.max_new_tokens
         )
         # Asked again with the continuations that every cell is asked for: the same pass, so rounded the same way.
-        fork, _, logprobs = talk.ask(turn, _continuations(model, turn.example, ids))
-        found[turn.example.id] = FullAnswer(tuple(ids), logprobs[1])
+        fork, _, branches = talk.ask(turn, _continuations(model, turn.example, ids))
+        found[turn.example.id] = FullAnswer(tuple(ids), _logprobs(branches[1]))
         talk.remember(turn.example, fork, ids)
     return found
 
@@ -154,9 +154,11 @@ def answers(
         continuations = _continuations(model, example, full[example.id].ids)
         forks, firsts, records = {}, {}, {}
         for i in listening:
-            forks[i], firsts[i], logprobs = talks[i].ask(turn, continuations)
+            forks[i], firsts[i], branches = talks[i].ask(turn, continuations)
+            logprobs = [_logprobs(branch) for branch in branches]
             records[i] = _fidelity(continuations[0], logprobs[0], full[example.id], logprobs[1])
-            records[i]["bytes_tail"] = forks[i].tail_bytes
+            records[i] |= {"bytes_tail": forks[i].tail_bytes} | _usage(branches[1].usage)
+            _check(asked[i], unit, forks[i], branches[1].usage, model.network.row_bytes())
             if example.choices:
                 records[i] |= _choose(asked[i].cell, example, continuations[2:], logprobs[2:])
         writing = [i for i in listening if not example.choices and asked[i].cell.generate]
@@ -168,7 +170,8 @@ def answers(
         for i, ids in zip(writing, greedily, strict=True):
             text = model.writer.decode(ids)
             score = asked[i].cell.task.score(example, text)
-            records[i] |= {"score": score, "answer": text, "tokens_out": len(ids)}
+            shift = len(ids) - len(full[example.id].ids)
+            records[i] |= {"score": score, "answer": text, "tokens_out": len(ids), "length_shift": shift}
             said[i] = ids
         for i in listening:
             talks[i].remember(example, forks[i], said[i])
@@ -196,6 +199,34 @@ def _greedy(
         return []
     ended = ended_by(model, example.stop)
     return greedy(model.network, forks, torch.stack(list(firsts)), ended, example.max_new_tokens, model.rows)
+
+
+def _logprobs(branch: Branch) -> Float[Tensor, "tokens vocabulary"]:
+    return branch.logits.float().log_softmax(-1)
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    """What the cache held, read and moved per token, along the full cache's answer."""
+    read, moved = ([int(x) for x in part] for part in (usage.read, usage.moved))
+    return {
+        "bytes_decode": round(fmean(usage.held)),
+        "bytes_decode_peak": max(usage.held),
+        "bytes_read": round(fmean(read)),
+        "bytes_moved": round(fmean(moved)),
+    }
+
+
+def _check(asked: Asked, unit: Unit, fork: Fork, usage: Usage, row_bytes: int) -> None:
+    """Raises RuntimeError if a method that acts in time goes over its budget at any step."""
+    method, context = asked.cell.method, len(unit.ids)
+    if not fork.one_by_one or not method.budgeted:
+        return
+    after = fork.next_position - asked.cache.next_position if method.budget_base is Base.seen else 0
+    for i, used in enumerate(usage.read if method.axis is Axis.READ else usage.held):
+        tokens = context + (after + i if method.budget_base is Base.seen else 0)
+        allowance = asked.cell.bound.allow(row_bytes * tokens, tokens)
+        if int(used) > allowance.limit and not allowance.nominal:
+            raise RuntimeError(f"{asked.cell.label} uses {int(used)} bytes at a step, its budget is {allowance.limit}")
 
 
 def _fidelity(

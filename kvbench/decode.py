@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvbench.cache.fork import Fork, ForkLayer
+from kvbench.cache.fork import Fork, ForkLayer, Usage
 
 if TYPE_CHECKING:
     from kvbench.cache.hf import Network
@@ -47,13 +47,15 @@ def feed(
     A method that acts while decoding gets the tokens one by one, as it would decode them. The linear layers see at
     least `rows` rows, the idle ones of which are dropped; see `rows_together`.
     """
-    block = 1 if any(fork.method.steps for fork in forks) else BLOCK
+    block = 1 if any(fork.one_by_one for fork in forks) else BLOCK
     idle = max(rows - len(forks), 0)
     kept = []
     for part in ids.split(block, dim=1):
         offset = torch.arange(part.shape[1], device=ids.device)
         position = torch.stack([fork.next_position + offset for fork in forks] + [offset] * idle)
         layers = [_Rows([fork.layers[i] for fork in forks]) for i in range(network.layers)]
+        for fork, row in zip(forks, part, strict=True):
+            fork.incoming = row
         kept.append(network.hidden(torch.nn.functional.pad(part, (0, 0, 0, idle)), position, layers))
         for fork, row in zip(forks, part, strict=True):
             fork.advance(row)
@@ -61,20 +63,27 @@ def feed(
     return network.logits(hidden)[: len(forks)]
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A continuation that was looked at: for each of its tokens the logits, and what the cache used to make them."""
+
+    logits: Float[Tensor, "tokens vocabulary"]
+    usage: Usage
+
+
 def follow(
     network: Network, fork: Fork, ids: Int[Tensor, " new"], branches: Sequence[Sequence[int]]
-) -> tuple[Float[Tensor, " vocabulary"], list[Float[Tensor, "_ vocabulary"]]]:
+) -> tuple[Float[Tensor, " vocabulary"], list[Branch]]:
     """Appends `ids` to a fork, and looks at several continuations without appending them.
 
-    Returns the logits after `ids`, and for each branch those of each of its tokens, teacher-forced. All of it is one
-    pass where the method lets it: the branches follow `ids` side by side and don't see each other.
+    Returns the logits after `ids`, and each branch, teacher-forced. All of it is one pass where the method lets it: the
+    branches follow `ids` side by side and don't see each other.
     """
     fed = [branch[:-1] for branch in branches]
     extra = sum(map(len, fed))
-    if fork.method.steps or fork.tiered or extra > BLOCK:
+    if fork.one_by_one or fork.tiered or extra > BLOCK:
         first = feed(network, [fork], ids[None], last_only=True)[0, -1]
-        after = [feed(network, [fork.fork()], ids.new_tensor([part]))[0] if part else first[:0] for part in fed]
-        return first, [torch.cat([first[None], x]) if len(x) else first[None] for x in after]
+        return first, [_branch(network, fork.fork(), ids.new_tensor(part), first) for part in fed]
     if len(ids) > BLOCK:
         feed(network, [fork], ids[None, :-BLOCK], last_only=True)
         ids = ids[-BLOCK:]
@@ -94,7 +103,18 @@ def follow(
     fork.forget(extra)
     fork.advance(ids)
     logits = network.logits(hidden[trunk - 1 :])
-    return logits[0], [torch.cat([logits[:1], logits[a - trunk + 1 : b - trunk + 1]]) for a, b in pairwise(starts)]
+    tail = len(fork.usage)
+    return logits[0], [
+        Branch(torch.cat([logits[:1], logits[a - trunk + 1 : b - trunk + 1]]), fork.growth(tail - 1, tail + b - a))
+        for a, b in pairwise(starts)
+    ]
+
+
+def _branch(network: Network, fork: Fork, ids: Int[Tensor, " new"], first: Float[Tensor, " vocabulary"]) -> Branch:
+    """One branch by itself, on a fork of its own; `first` are the logits of its first token."""
+    start = len(fork.usage) - 1
+    logits = [first[None]] + ([feed(network, [fork], ids[None])[0]] if len(ids) else [])
+    return Branch(torch.cat(logits), fork.usage[start:])
 
 
 def greedy(

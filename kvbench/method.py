@@ -6,7 +6,7 @@ A method says what it needs to see, and plans; it never touches a cache, a hook 
 - `allocate`: how many rows each layer and KV head gets, for the scores of any other method (see `Wrapper`).
 - `plan`: which tier each (layer, KV head, token) goes to, within the allowance.
 
-Methods that act in time add `step` (edits while decoding), `select` (rows a query reads) or `read` (an own prefill).
+Methods that act in time add `step` (edits while decoding), `select` (which rows a query reads) or `prefill` (an own one).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvbench.budget import Allowance
 from kvbench.errors import UsageError
-from kvbench.plan import Plan, equal_shares, keep_best
+from kvbench.plan import Plan, equal_shares, keep_best, shrink
 from kvbench.plugins import build_method
 
 if TYPE_CHECKING:
     from kvbench.artefact import Calibration
-    from kvbench.cache.fork import Edit, Event
-    from kvbench.cache.packed import PackedLayer
+    from kvbench.cache.fork import Edit, Event, Keep, Selection
+    from kvbench.cache.packed import CompressedCache
     from kvbench.prefill import Reader, Seen, Statistic
 
 
@@ -38,6 +38,20 @@ class Axis(enum.Enum):
     HELD = "bytes held on the device"
     DEVICE = "bytes held on the device, the rest offloaded to the host"
     READ = "bytes read per decoding step"
+
+
+class Base(enum.Enum):
+    """What a share of the full cache is a share of, once a method that acts while decoding has read more tokens."""
+
+    context = "the context: what is held never grows"
+    seen = "all tokens seen so far, answers included"
+
+
+class Positions(enum.Enum):
+    """Where attention takes the rows of a cache to be."""
+
+    original = "where they were read"
+    contiguous = "next to each other, as if what is not read had never been there"
 
 
 class Scale(enum.Enum):
@@ -86,12 +100,16 @@ class Method:
     scale: ClassVar[Scale] = Scale.rank
     #: Comes in a few sizes and takes the largest that fits; others fill the budget to within a row per KV head.
     fixed_rate: ClassVar[bool] = False
-    #: `read` replaces the shared prefill.
+    #: `prefill` replaces the shared one, and `plan` with it.
     own_prefill: ClassVar[bool] = False
-    #: `step` is called after every decoded token.
+    #: `step` is called after every token that comes after the context.
     steps: ClassVar[bool] = False
     #: `select` is asked before every read.
     selects: ClassVar[bool] = False
+    #: Of methods that step or select: the budget holds at every step, as a share of this.
+    budget_base: ClassVar[Base] = Base.context
+    #: Contiguous positions ask for plans that hold the original ones, and for tokens one at a time.
+    positions: ClassVar[Positions] = Positions.original
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -100,13 +118,18 @@ class Method:
 
     @property
     def calibrations(self) -> frozenset[Calibration]:
-        """What is fitted once per model, offline, and kept: reaches `scores` and `plan` as `seen.artefacts`."""
+        """What is fitted once per model, offline, and kept: reaches `scores` and `plan` as `seen.artefacts`,
+        `prefill` as `reader.artefacts`."""
         return frozenset()
 
     @property
     def protect(self) -> tuple[int, int]:
         """(first, last): how many of the first and last tokens are always kept, before any score counts."""
         return (0, 0)
+
+    def protected(self, rows: int, tokens: int) -> tuple[int, int]:
+        """What is left of `protect` where a KV head holds `rows` of `tokens` on average: at most half of them."""
+        return shrink(self.protect, rows, tokens)
 
     def scores(self, seen: Seen, layer: int) -> Float[Tensor, "kv_heads tokens"]:
         """The importance of each token of a layer; the higher the better."""
@@ -128,19 +151,25 @@ class Method:
 
     # -- methods that act in time ----------------------------------------------------------------------------------
 
-    def read(self, reader: Reader) -> Seen:
-        """An own prefill (`own_prefill`): reads `reader.ids` layer by layer; layers may end with different tokens."""
+    def prefill(self, reader: Reader, budget: Allowance) -> CompressedCache:
+        """The compressed context, made while `reader.token_ids` are read (`own_prefill`). Raises `Infeasible`.
+
+        Layers may end with different tokens, and the cache may be one of fewer tokens at positions of their own.
+        """
         raise NotImplementedError
 
-    def step(self, state: Any, event: Event) -> tuple[Any, Edit | None]:
-        """After a layer has attended for new tokens (`steps`): the next state, and an edit of the layer's rows.
+    def step(self, state: Any, event: Event) -> tuple[Any, Edit | Keep | None]:
+        """After a layer has attended for one new token (`steps`): the next state, and an edit of the layer's rows.
 
         Pure: `state` (first `LayerPlan.state`) is never changed in place, so forks can share it.
         """
         raise NotImplementedError
 
-    def select(self, state: Any, query: Float[Tensor, "heads new dim"], packed: PackedLayer) -> Bool[Tensor, ...]:
-        """Which context rows each query reads (`selects`): (kv_heads or heads, new, context rows)."""
+    def select(self, state: Any, event: Event) -> tuple[Any, Selection]:
+        """Before a layer attends for one new token (`selects`): the next state, and the rows that the token reads.
+
+        Pure, as `step`. What is on the host is read only where it is fetched.
+        """
         raise NotImplementedError
 
 

@@ -50,6 +50,7 @@ class Tier:
     name: str  # as records show it
     key: Codec
     value: Codec
+    host: bool = False  # held in the host's memory; its rows reach the device when a query fetches them
 
     @property
     def needs_position(self) -> bool:
@@ -77,6 +78,7 @@ class Tier:
 
 
 EXACT = Tier("exact", Exact(), Exact())
+HOST = Tier("host", Exact(), Exact(), host=True)
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Weight:
-    """Bytes of a plan. `held` is what the budget bounds; `shared` is fitted once per model and reported apart."""
+    """Bytes of a plan. `held` are those on the device, which the budget bounds unless its axis says otherwise."""
 
     payload: int
     metadata: int
+    offloaded: int = 0
 
     @property
     def held(self) -> int:
@@ -124,7 +127,7 @@ def keep_all(seen: Seen) -> Plan:
 
 def weigh(plan: Plan, seen: Seen) -> Weight:
     """What the plan will hold, from its codecs' formulas; `CompressedCache` measures the same on real storages."""
-    payload = metadata = 0
+    payload = metadata = offloaded = 0
     tokens_held = False
     position_size = index_dtype(seen.next_position).itemsize
     for layer, x in zip(plan.layers, seen.layers, strict=True):
@@ -136,18 +139,23 @@ def weigh(plan: Plan, seen: Seen) -> Weight:
             tokens_held |= tier.needs_token
             row = tier.row_bytes(dim, dtype)
             fixed = tier.key.fixed_bytes(kv_heads, dim, dtype) + tier.value.fixed_bytes(kv_heads, dim, dtype)
-            payload += row[0] * layout.rows // tier.group
-            metadata += row[1] * layout.rows // tier.group + fixed
+            own = row[0] * layout.rows // tier.group
+            about = row[1] * layout.rows // tier.group + fixed
             if tier.needs_position or layer.hold_positions:
-                metadata += position_size * (layout.width if layout.shared else layout.rows)
+                about += position_size * (layout.width if layout.shared else layout.rows)
             if not layout.uniform:
-                metadata += 4 * kv_heads
+                about += 4 * kv_heads
             if layer.made is not None and bool((layer.route[:, x.key.shape[1] :] == layer.tiers.index(tier)).any()):
-                metadata += 4 * layout.rows
+                about += 4 * layout.rows
+            if tier.host:
+                offloaded += own + about
+            else:
+                payload += own
+                metadata += about
         metadata += sum(t.nbytes for t in tensors_in(layer.state))
     if tokens_held:
         metadata += index_dtype(seen.vocabulary).itemsize * len(seen.token_ids)
-    return Weight(payload, metadata)
+    return Weight(payload, metadata, offloaded)
 
 
 def tensors_in(state: Any) -> list[Tensor]:
@@ -181,6 +189,16 @@ def _top(
     return route.scatter(1, best, 0)
 
 
+def best_rows(
+    scores: Float[Tensor, "kv_heads tokens"], counts: Sequence[int], protected: Sequence[tuple[int, int]]
+) -> Int8[Tensor, "kv_heads tokens"]:
+    """The route that keeps `counts` tokens in tier 0, one number per KV head: its protected ones, then the best."""
+    heads = list(zip(scores.split(1), counts, protected, strict=True))
+    if len({(count, mine) for _, count, mine in heads}) == 1:
+        return _top(scores, counts[0], protected[0])
+    return torch.cat([_top(head, count, mine) for head, count, mine in heads])
+
+
 def shrink(protect: tuple[int, int], keep: int, tokens: int) -> tuple[int, int]:
     """(first, last) protected tokens, cut to half of `keep` in all (the last ones first) unless every token is kept."""
     if keep >= tokens:
@@ -209,11 +227,7 @@ def keep_best(
     layers = []
     for s, keep in zip(scores, counts.tolist(), strict=True):
         protected = shrink(protect, mean, s.shape[-1])
-        if len(set(keep)) == 1:
-            route = _top(s, keep[0], protected)
-        else:
-            route = torch.cat([_top(head[None], count, protected) for head, count in zip(s, keep, strict=True)])
-        layers.append(LayerPlan((EXACT,), route))
+        layers.append(LayerPlan((EXACT,), best_rows(s, keep, [protected] * len(keep))))
     return Plan(tuple(layers))
 
 
@@ -250,22 +264,16 @@ def equal_shares(seen: Seen, rows: int) -> Int[Tensor, "layers kv_heads"]:
     return torch.full((layers, kv_heads), rows // (layers * kv_heads))
 
 
-def uniform_rows(seen: Seen, budget: Allowance, tier: Tier) -> int:
-    """Tokens per layer and KV head that the allowance holds in `tier`: whole groups. Raises Infeasible below one."""
+def uniform_rows(seen: Seen, budget: Allowance, tier: Tier, per_token: int = 0) -> int:
+    """Tokens per layer and KV head that the allowance holds in `tier`: whole groups. Raises Infeasible below one.
+
+    `per_token` are further bytes that a method holds for each of them.
+    """
     payload, metadata = tier.row_bytes(seen.dim, seen.dtype)
+    metadata += per_token * tier.group
     if tier.needs_position:
         metadata += index_dtype(seen.next_position).itemsize * tier.group
     group = budget.charged(payload, metadata) * sum(x.key.shape[0] for x in seen.layers)
     if budget.limit < group:
         raise Infeasible(group, budget.limit)
     return budget.limit // group * tier.group
-
-
-def plan_rows(plan: Plan) -> dict[str, float]:
-    """Mean tokens per layer and KV head in each tier, as records show them."""
-    rows: dict[str, int] = {}
-    for layer in plan.layers:
-        for tier, layout in zip(layer.tiers, Layout.of_route(layer.route, len(layer.tiers)), strict=True):
-            rows[tier.name] = rows.get(tier.name, 0) + layout.rows
-    heads = sum(layer.route.shape[0] for layer in plan.layers)
-    return {name: count / heads for name, count in rows.items()}

@@ -80,7 +80,7 @@ def test_branches_see_what_goes_before_them_and_not_each_other(tiny: Model, meth
     first, found = follow(network, fork, ids, branches)
     expected = feed(network, [plain], ids[None])[0, -1]
     torch.testing.assert_close(first, expected, atol=1e-4, rtol=0)
-    for branch, logits in zip(branches, found, strict=True):
+    for branch, logits in zip(branches, [x.logits for x in found], strict=True):
         assert len(logits) == len(branch)
         torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=0)
         if len(branch) > 1:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvbench.budget import Allowance
 from kvbench.cache.codecs.quant import Quant
-from kvbench.cache.fork import Edit, Event, Fork
+from kvbench.cache.fork import Edit, Event, Fork, Selection
 from kvbench.cache.hf import Network
-from kvbench.cache.packed import CompressedCache, PackedLayer
+from kvbench.cache.packed import CompressedCache
 from kvbench.decode import feed
 from kvbench.method import Axis, Method
 from kvbench.plan import EXACT, LayerPlan, Made, Plan, Tier, keep_all, top_rows, uniform_rows
@@ -79,11 +79,14 @@ class Quest(Method):
             layers.append(replace(full, state=(blocks.amin(2), blocks.amax(2))))
         return Plan(tuple(layers))
 
-    def select(self, state: tuple[Tensor, Tensor], query: Tensor, packed: PackedLayer) -> Tensor:
+    def select(self, state: tuple[Tensor, Tensor], event: Event) -> tuple[Any, Selection]:
+        query = event.query
         low, high = (x.repeat_interleave(len(query) // len(x), 0)[:, None] for x in state)  # heads, 1, pages, dim
         bound = torch.maximum(query[:, :, None] * low, query[:, :, None] * high).sum(-1)
         best = bound.topk(min(self.pages, bound.shape[-1]), dim=-1).indices
-        return torch.zeros_like(bound, dtype=torch.bool).scatter(-1, best, True).repeat_interleave(self.page, -1)
+        pages = torch.zeros_like(bound, dtype=torch.bool).scatter(-1, best, True).repeat_interleave(self.page, -1)
+        tail = torch.nn.functional.pad(pages, (0, event.slots - event.context), value=True)
+        return state, Selection(tail, scanned=sum(x.nbytes for x in state))
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,15 @@ class FastKV(Method):
     own_prefill: ClassVar[bool] = True
     passed: int = 20
 
-    def read(self, reader: Reader) -> Seen:
-        every = torch.arange(len(reader.ids))
+    def prefill(self, reader: Reader, budget: Allowance) -> CompressedCache:
+        every = torch.arange(len(reader.token_ids))
         hidden = reader.run(range(1), reader.embed(), every)
         last = reader.last(0)
         score = (last.query[:, -1:].unflatten(0, (len(last.key), -1)) @ last.key[:, None].mT).sum((0, 1, 2))
         keep = score.topk(self.passed).indices.sort().values
         reader.run(range(1, reader.network.layers), hidden[keep], every[keep])
-        return reader.seen()
-
-    def plan(self, seen: Seen, budget: Allowance) -> Plan:
-        return keep_all(seen)
+        seen = reader.seen()
+        return CompressedCache.pack(keep_all(seen), seen)
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,9 @@ class Masked(Method):
         kept = tuple(r == 0 for r in self.routes)
         return Plan(tuple(replace(x, state=k) for x, k in zip(keep_all(seen).layers, kept, strict=True)))
 
-    def select(self, state: Tensor, query: Tensor, packed: PackedLayer) -> Tensor:
-        return state[:, None].expand(-1, query.shape[1], -1)
+    def select(self, state: Tensor, event: Event) -> tuple[Any, Selection]:
+        mask = torch.nn.functional.pad(state, (0, event.slots - event.context), value=True)
+        return state, Selection(mask[:, None].expand(-1, event.new, -1))
 
 
 TOYS = [H2O(), Quest(), FastKV(), GrowingInt4(), AdaKV(), Merge()]
@@ -182,10 +184,17 @@ def network() -> Network:
 
 @torch.inference_mode()
 def pack(network: Network, method: Method, share: float = 0.4) -> tuple[Seen, Plan, CompressedCache]:
-    ids = ids_of(network, TOKENS)
-    seen = method.read(Reader(network, ids)) if method.own_prefill else read_exactly(network, ids, method.needs)
+    seen = read_exactly(network, ids_of(network, TOKENS), method.needs)
     plan = method.plan(seen, Allowance(int(share * network.row_bytes() * TOKENS)))
     return seen, plan, CompressedCache.pack(plan, seen)
+
+
+@torch.inference_mode()
+def compress(network: Network, method: Method, share: float = 0.4) -> CompressedCache:
+    if method.own_prefill:
+        reader = Reader(network, ids_of(network, TOKENS))
+        return method.prefill(reader, Allowance(int(share * network.row_bytes() * TOKENS)))
+    return pack(network, method, share)[2]
 
 
 def logits(network: Network, cache: CompressedCache, method: Method, tiered: bool = False) -> Tensor:
@@ -195,10 +204,10 @@ def logits(network: Network, cache: CompressedCache, method: Method, tiered: boo
 
 @pytest.mark.parametrize("toy", TOYS, ids=lambda toy: type(toy).__name__)
 def test_forks_turns_and_batches(network: Network, toy: Method) -> None:
-    cache = pack(network, toy)[2]
+    cache = compress(network, toy)
     checks.forks_never_see_each_other(network, cache, toy)
     checks.block_equals_single(network, cache, toy)
-    checks.batch_equals_solo(network, [cache, cache, pack(network, toy, 0.8)[2]], toy)
+    checks.batch_equals_solo(network, [cache, cache, compress(network, toy, 0.8)], toy)
 
 
 def test_h2o_holds_its_rows_at_every_step(network: Network) -> None:
@@ -238,15 +247,15 @@ def test_quest_reads_all_pages_as_the_full_cache_and_pays_for_its_bounds(network
 
 def test_fastkv_ends_with_fewer_tokens_above_its_layer(network: Network) -> None:
     toy = FastKV()
-    seen, _, cache = pack(network, toy)
+    cache = compress(network, toy)
     exact = read_exactly(network, ids_of(network, TOKENS))
-    assert [x.key.shape[1] for x in seen.layers] == [TOKENS, toy.passed]
-    assert torch.equal(seen.layers[0].key, exact.layers[0].key)
+    assert [x.dense().key.shape[1] for x in cache.layers] == [TOKENS, toy.passed]
+    assert torch.equal(cache.layers[0].dense().key, exact.layers[0].key)
     assert cache.nbytes == network.row_bytes() // 2 * (TOKENS + toy.passed)
     whole = FastKV(passed=TOKENS)
     full = CompressedCache.pack(keep_all(exact), exact)
     torch.testing.assert_close(
-        logits(network, pack(network, whole)[2], whole), logits(network, full, Method()), atol=5e-5, rtol=0
+        logits(network, compress(network, whole), whole), logits(network, full, Method()), atol=5e-5, rtol=0
     )
 
 

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvbench.cache.attention import attention_weights, causal_mask, oracle_attention, tiered_attention
-from kvbench.cache.packed import CompressedCache, Edit, PackedLayer
+from kvbench.cache.packed import CompressedCache, Edit, Keep, PackedLayer, nbytes
+from kvbench.cache.rope import Rope, renumber
+from kvbench.method import Positions
+from kvbench.plan import EXACT, tensors_in
 
 if TYPE_CHECKING:
     from kvbench.method import Method
 
-__all__ = ["Edit", "Event", "Fork"]
+__all__ = ["Edit", "Event", "Fork", "Keep", "Selection", "Usage"]
 
 _SLACK = 64  # rows by which the working copy of a layer grows at a time
 
 
 @dataclass(frozen=True)
 class Event:
-    """What a method's `step` sees after a layer attended for `new` tokens.
+    """What a method sees of one layer and `new` tokens: `select` before they attend, `step` after it.
 
-    Slots are the layer's rows as attention sees them: the context's (`context` of them), then the tail's, the new
-    tokens last.
+    Slots are the layer's rows on the device: the context's (`context` of them), then the tail's, the new tokens last.
     """
 
     layer: int
@@ -34,29 +38,87 @@ class Event:
     key: Float[Tensor, "kv_heads slots dim"]
     value: Float[Tensor, "kv_heads slots dim"]
     position: Int[Tensor, "kv_heads slots"] | None  # where the plan holds positions; -1 in empty slots
+    token_ids: Int[Tensor, " new"]
     context: int
+    seen: int  # tokens read so far, the new ones included
     scale: float
     mask: Tensor | None
+    rope: Rope
+    packed: PackedLayer
 
     @property
     def new(self) -> int:
         return self.query.shape[1]
+
+    @property
+    def slots(self) -> int:
+        return self.key.shape[1]
 
     def weights(self) -> Float[Tensor, "heads new slots"]:
         """The new tokens' attention over the slots, in float32."""
         return attention_weights(self.query, self.key, self.scale, self.mask)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The rows that the new tokens read.
+
+    `mask` says it of the slots; None: all of them. `fetch` are rows of the tier on the host, equally many for every KV
+    head, read besides; those that were fetched for the token before stay on the device and do not move again.
+    `scanned` are the bytes, per new token, that were read to choose.
+    """
+
+    mask: Bool[Tensor, "heads new slots"] | None = None  # heads: the query heads, the KV heads, or 1
+    fetch: Int[Tensor, "kv_heads fetched"] | None = None
+    scanned: int = 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a cache held, read and moved to the device, in bytes, token by token: one entry for each that was fed."""
+
+    held: tuple[int, ...] = ()
+    read: tuple[int | Tensor, ...] = ()
+    moved: tuple[int | Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.held + other.held, self.read + other.read, self.moved + other.moved)
+
+    def __getitem__(self, part: slice) -> Usage:
+        return Usage(self.held[part], self.read[part], self.moved[part])
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """Rows of the host's tier that lie on the device."""
+
+    index: Int[Tensor, "kv_heads fetched"]
+    key: Float[Tensor, "kv_heads fetched dim"]
+    value: Float[Tensor, "kv_heads fetched dim"]
+
+
 class ForkLayer:
     """One layer of a fork. The rows are decoded once into a working copy, to which the tail is appended."""
 
     def __init__(self, packed: PackedLayer, state: Any, fork: Fork, index: int) -> None:
-        self.packed, self.state, self.fork, self.index = packed, state, fork, index
+        self.state, self.fork, self.index = state, fork, index
+        self.tail_start = fork.next_position  # position of the tail's first row
+        self._fetched: _Fetched | None = None
+        self.read: int | Tensor = 0  # bytes, by the last new token
+        self.moved: int | Tensor = 0
+        self._show(packed)
+
+    def _show(self, packed: PackedLayer) -> None:
+        """Makes `packed` the context, and the tail empty."""
+        self.packed = packed
         dense = packed.dense()
         self._key, self._value, self._bias, self._position = dense.key, dense.value, dense.bias, dense.position
         self.context = self.length = dense.key.shape[1]
-        self.tail_start = fork.next_position  # position of the tail's first row
         self._own = False  # whether the working copy may be written to
+        self._packed_bytes = nbytes(packed.tensors())
 
     def clone(self, fork: Fork) -> ForkLayer:
         """Shares everything; whoever appends next copies."""
@@ -69,6 +131,23 @@ class ForkLayer:
     def tail(self) -> tuple[Float[Tensor, "kv_heads tail dim"], Float[Tensor, "kv_heads tail dim"]]:
         return self._key[:, self.context : self.length], self._value[:, self.context : self.length]
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one exact row in every KV head."""
+        kv_heads, _, dim = self.packed.empty.shape
+        return 2 * kv_heads * dim * self.packed.empty.element_size()
+
+    @property
+    def tail_bytes(self) -> int:
+        return (self.length - self.context) * self.row_bytes
+
+    @property
+    def held(self) -> int:
+        """Bytes on the device: the packed rows, those fetched from the host, the tail, the method's state."""
+        fetched = self._fetched
+        working = tensors_in(self.state) + ([] if fetched is None else [fetched.index, fetched.key, fetched.value])
+        return self._packed_bytes + self.tail_bytes + nbytes(working)
+
     def attend(
         self,
         query: Float[Tensor, "heads new dim"],
@@ -78,18 +157,76 @@ class ForkLayer:
     ) -> Float[Tensor, "heads new dim"]:
         """Appends the new rows to the tail, attends over context and tail, and lets the method act."""
         self._append(key, value)
-        method = self.fork.method
         if self.fork.tiered:
             return tiered_attention(query, self.packed, self.tail, scale)
-        mask = self._mask(query)
-        every_key, every_value = self._key[:, : self.length], self._value[:, : self.length]
-        out = oracle_attention(query, every_key, every_value, scale, mask)
+        keys, values, mask = self._key[:, : self.length], self._value[:, : self.length], self._mask(query)
+        if not self.fork.watched:
+            return oracle_attention(query, keys, values, scale, mask)
+        method = self.fork.method
+        event = Event(
+            self.index,
+            query,
+            keys,
+            values,
+            self._positions(),
+            self.fork.incoming,
+            self.context,
+            self.fork.next_position + query.shape[1],
+            scale,
+            mask,
+            self.fork.rope,
+            self.packed,
+        )
+        chosen = Selection()
+        if method.selects:
+            self.state, chosen = method.select(self.state, event)
+            self._count(chosen)
+        if method.positions is Positions.contiguous:
+            keys = renumber(keys, event.position, chosen.mask, self.fork.rope)
+            event = replace(event, key=keys)
+        out = self._attend(event, keys, chosen)
+        if self.fork.observer is not None:
+            self.fork.observer(event)
         if method.steps:
-            event = Event(self.index, query, every_key, every_value, self._positions(), self.context, scale, mask)
             self.state, edit = method.step(self.state, event)
             if edit is not None:
-                self._edit(edit)
+                self.edit(edit)
         return out
+
+    def _attend(self, event: Event, keys: Tensor, chosen: Selection) -> Float[Tensor, "heads new dim"]:
+        """Attention over the chosen slots and the rows fetched for them."""
+        values, mask = event.value, event.mask
+        if chosen.mask is not None:
+            rows = chosen.mask.repeat_interleave(len(event.query) // len(chosen.mask), 0)
+            if mask is None:
+                mask = rows
+            elif mask.is_floating_point():
+                mask = mask.masked_fill(~rows, -torch.inf)
+            else:
+                mask = mask & rows
+        if self._fetched is not None:
+            fetched = self._fetched
+            keys, values = torch.cat([fetched.key, keys], 1), torch.cat([fetched.value, values], 1)
+            if mask is not None:
+                mask = pad(mask, (fetched.index.shape[1], 0), value=0.0 if mask.is_floating_point() else True)
+        return oracle_attention(event.query, keys, values, event.scale, mask)
+
+    def _count(self, chosen: Selection) -> None:
+        """Fetches what is asked for, and counts the bytes read and moved."""
+        kv_heads = len(self._key)
+        row = self.row_bytes // kv_heads
+        read: int | Tensor = self.length * kv_heads
+        if chosen.mask is not None:
+            mask = chosen.mask[:, -1]
+            union = mask.unflatten(0, (kv_heads, -1)).any(1) if len(mask) > kv_heads else mask
+            read = union.sum() * (kv_heads // len(union))
+        self.moved = 0
+        if chosen.fetch is not None:
+            read = read + chosen.fetch.numel()
+            if self._fetched is None or chosen.fetch is not self._fetched.index:
+                self._fetched, rows = _fetch(self.packed, chosen.fetch, self._fetched)
+                self.moved = rows * row
+        self.read = read * row + chosen.scanned
 
     def _append(self, key: Tensor, value: Tensor) -> None:
         end = self.length + key.shape[1]
@@ -110,16 +247,10 @@ class ForkLayer:
         heads, new, _ = query.shape
         mask = None if new == 1 else causal_mask(new, self.length, query.device)[None]
         if self.fork.tree is not None:
-            mask = torch.nn.functional.pad(self.fork.tree, (self.length - new, 0), value=True)[None]
-        if self.fork.method.selects:
-            chosen = self.fork.method.select(self.state, query, self.packed)
-            chosen = chosen.repeat_interleave(heads // chosen.shape[0], 0)
-            tail = chosen.new_ones(heads, new, self.length - self.context)
-            chosen = torch.cat([chosen, tail], -1)
-            mask = chosen if mask is None else mask & chosen
+            mask = pad(self.fork.tree, (self.length - new, 0), value=True)[None]
         if self._bias is None:
             return mask
-        bias = torch.nn.functional.pad(self._bias, (0, self.length - self.context))
+        bias = pad(self._bias, (0, self.length - self.context))
         bias = bias.repeat_interleave(heads // bias.shape[0], 0)[:, None].expand(-1, new, -1)
         return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
@@ -132,35 +263,61 @@ class ForkLayer:
         tail = torch.arange(self.length - self.context, device=self._key.device)
         return self.tail_start + tail
 
-    def _edit(self, edit: Edit) -> None:
+    def edit(self, edit: Edit | Keep) -> None:
         """Puts the edited rows in place of the context; the newest `keep_tail` rows stay in the tail."""
-        stay = edit.keep_tail
-        cut = self.length - stay
+        cut = self.length - edit.keep_tail
         kept = self._key[:, cut : self.length], self._value[:, cut : self.length]
-        moved = self._tail_positions()[: cut - self.context]
-        tail = self._key[:, self.context : cut], self._value[:, self.context : cut], moved
-        self.packed = self.packed.edit(edit, tail, self.fork.token_ids, self.tail_start + len(moved))
-        dense = self.packed.dense()
-        self._key, self._value, self._bias, self._position = dense.key, dense.value, dense.bias, dense.position
-        self.context = self.length = dense.key.shape[1]
-        self.tail_start += len(moved)
-        self._own = False
-        if stay:
+        moved = cut - self.context
+        self._show(self._edited(edit, cut))
+        self.tail_start += moved
+        if edit.keep_tail:
             self._append(*kept)
+
+    def _edited(self, edit: Edit | Keep, cut: int) -> PackedLayer:
+        positions = self._tail_positions()[: cut - self.context]
+        tail = self._key[:, self.context : cut], self._value[:, self.context : cut], positions
+        ids = torch.cat([self.fork.token_ids, self.fork.incoming])
+        return self.packed.edit(edit, tail, ids, len(ids))
+
+    def whole(self) -> PackedLayer:
+        """Context and tail, which is packed exact."""
+        tiers = [slab.tier for slab in self.packed.slabs]
+        if EXACT not in tiers:
+            tiers.append(EXACT)
+        widths = [slab.layout.width for slab in self.packed.slabs]
+        widths[len(widths) :] = [0] * (len(tiers) - len(widths)) + [self.length - self.context]
+        index = torch.tensor([*range(len(tiers)), tiers.index(EXACT)], dtype=torch.int8, device=self._key.device)
+        route = index.repeat_interleave(torch.tensor(widths, device=index.device))
+        return self._edited(Edit(tuple(tiers), route.expand(len(self._key), -1)), self.length)
 
 
 class Fork:
     """Made by `Fork(cache, method)` and `fork.fork()`; never sees what another fork does."""
 
     def __init__(self, cache: CompressedCache, method: Method, tiered: bool = False) -> None:
-        self.method, self.tiered = method, tiered
+        self.method, self.tiered, self.rope = method, tiered, cache.rope
         self.token_ids = cache.token_ids  # of everything read so far
         self.next_position = cache.next_position
+        self.incoming = cache.token_ids[:0]  # the tokens on their way through the layers
         self.tree: Bool[Tensor, "new new"] | None = None  # which new tokens see which, where that isn't their order
+        self.observer: Callable[[Event], None] | None = None  # told of every layer that has attended
+        self._usage = Usage()
         self.layers = [
             ForkLayer(packed, state, self, i)
             for i, (packed, state) in enumerate(zip(cache.layers, cache.states, strict=True))
         ]
+        self._context_bytes = sum(layer.held for layer in self.layers)
+
+    @property
+    def watched(self) -> bool:
+        """Whether anyone but the model has to do with what a layer attends to."""
+        method = self.method
+        return method.steps or method.selects or method.positions is Positions.contiguous or self.observer is not None
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether tokens must be fed one at a time."""
+        return self.method.steps or self.method.selects
 
     def fork(self) -> Fork:
         other = copy.copy(self)
@@ -171,13 +328,35 @@ class Fork:
         """Called once `ids` have gone through every layer."""
         self.token_ids = torch.cat([self.token_ids, ids])
         self.next_position += len(ids)
+        self.incoming = ids[:0]
+        if self.one_by_one:
+            held = sum(layer.held for layer in self.layers)
+            read = sum(layer.read for layer in self.layers) if self.method.selects else held
+            self._usage += Usage((held,), (read,), (sum(layer.moved for layer in self.layers),))
+
+    @property
+    def usage(self) -> Usage:
+        """Of every token fed after the context."""
+        return self._usage if self.one_by_one else self.growth(0, self.layers[0].length - self.layers[0].context)
+
+    def growth(self, start: int, end: int) -> Usage:
+        """Of the `start`-th to the `end`-th token after the context, where the method does not act in time."""
+        row = sum(layer.row_bytes for layer in self.layers)
+        held = tuple(self._context_bytes + row * (i + 1) for i in range(start, end))
+        return Usage(held, held, (0,) * len(held))
 
     def forget(self, rows: int) -> None:
         """Takes the newest rows back, before `advance`."""
         for layer in self.layers:
             layer.length -= rows
 
+    def freeze(self) -> CompressedCache:
+        """Everything read so far as a compressed context of its own: what is in the tail is packed, exact."""
+        layers = tuple(layer.whole() for layer in self.layers)
+        states = tuple(layer.state for layer in self.layers)
+        return CompressedCache.of(layers, states, self.token_ids, self.next_position, self.rope)
+
     @property
     def tail_bytes(self) -> int:
         """Bytes of the exact rows after the context: question, answer prefix, answer."""
-        return sum(2 * x.tail[0].numel() * x.packed.empty.element_size() for x in self.layers)
+        return sum(layer.tail_bytes for layer in self.layers)

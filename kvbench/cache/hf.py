@@ -115,6 +115,7 @@ class Network:
         self.vocabulary: int = config.vocab_size
         self.max_positions: int = config.max_position_embeddings
         self.device, self.dtype = model.device, dtype or model.dtype
+        self.passed = 0  # tokens sent through a layer so far, summed over the layers: only ever counts up
 
     def row_bytes(self) -> int:
         """Bytes of one exact token in all layers and KV heads."""
@@ -138,6 +139,7 @@ class Network:
         self, ids: Int[Tensor, "batch new"], position: Int[Tensor, "batch new"], layers: Sequence[LayerAttention]
     ) -> Float[Tensor, "batch new hidden"]:
         """The last hidden states of new tokens at given positions."""
+        self.passed += ids.numel() * self.layers
         cache = Cache(layers=[_Layer(x) for x in layers])
         out = self._body(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
         return out.last_hidden_state
@@ -156,6 +158,7 @@ class Network:
         attention: LayerAttention,
     ) -> Float[Tensor, "tokens hidden"]:
         """One decoder layer over hidden states, for methods that read the context their own way."""
+        self.passed += len(hidden)
         cache = Cache(layers=[_Layer(attention)] * self.layers)
         embeddings = self._body.rotary_emb(hidden[None], position_ids=position[None])
         return self._body.layers[index](

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvbench.cache.codecs.base import Rows, Stored
 from kvbench.cache.layout import Layout, index_dtype, widen
-from kvbench.plan import EVICTED, LayerPlan, Made, Plan, Tier, Weight, tensors_in, weigh
+from kvbench.cache.rope import Rope
+from kvbench.plan import EVICTED, EXACT, LayerPlan, Made, Plan, Tier, Weight, tensors_in, weigh
 
 if TYPE_CHECKING:
     from kvbench.prefill import Seen, SeenLayer
@@ -78,6 +79,24 @@ class Slab:
             yield from stored.values()
         yield from (x for x in (self.position, self.log_multiplicity, self.counts) if x is not None)
 
+    def on_host(self) -> Slab:
+        """Moved to the host's memory, from where the device can fetch."""
+        moved = {name: _to_host(getattr(self, name)) for name in ("key", "value", "key_fixed", "value_fixed")}
+        rest = {"position": self.position, "log_multiplicity": self.log_multiplicity, "counts": self.counts}
+        return replace(self, **moved, **_to_host({k: x for k, x in rest.items() if x is not None}))
+
+    def fetch(self, rows: Int[Tensor, " rows"], like: Tensor) -> tuple[Tensor, Tensor]:
+        """(keys, values) of some rows, moved to the device and decoded to the dtype of `like`."""
+        order = rows.cpu()
+        key, value = (
+            {name: x[order].to(like.device, non_blocking=True) for name, x in stored.items()}
+            for stored in (self.key, self.value)
+        )
+        known = Rows(Layout((len(order),)))
+        known = replace(known, key=self.tier.key.decode(key, known, self.key_fixed, like.dtype))
+        assert known.key is not None
+        return known.key, self.tier.value.decode(value, known, self.value_fixed, like.dtype)
+
     def positions(self) -> Int[Tensor, " rows"] | None:
         """The position of each row, where held."""
         if self.position is None:
@@ -99,6 +118,10 @@ class Slab:
         return rows.key, self.tier.value.decode(self.value, rows, self.value_fixed, like)
 
 
+def _to_host(tensors: Stored) -> Stored:
+    return {name: x.cpu().pin_memory() if x.is_cuda else x for name, x in tensors.items()}
+
+
 @dataclass(frozen=True)
 class Dense:
     """Decoded rows side by side, KV head by KV head: what the oracle attends over."""
@@ -111,7 +134,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Edit:
-    """A new plan for the rows a layer holds now, made while decoding.
+    """A new plan for the rows a layer holds on the device now, made while decoding.
 
     `route` runs over the slots the event showed (the context's, then the tail's without its newest `keep_tail` rows).
     A row whose tier stays the same is not encoded again. Without `keep_tail` the tail is empty afterwards.
@@ -123,6 +146,17 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """The slots that stay, equally many for every KV head and in order; all others are evicted.
+
+    For layers of exact rows alone. Nothing waits for the device.
+    """
+
+    slots: Int[Tensor, "kv_heads kept"]
+    keep_tail: int = 0
+
+
+@dataclass(frozen=True)
 class PackedLayer:
     """One layer of a compressed context. Immutable: forks share it, an edit makes a new one."""
 
@@ -130,13 +164,22 @@ class PackedLayer:
     token_ids: Int[Tensor, " tokens"] | None
     empty: Float[Tensor, "kv_heads 0 dim"]  # the shape and dtype of no rows
     hold_positions: bool = False
+    host: Slab | None = None  # rows in the host's memory
 
     def tensors(self) -> Iterator[Tensor]:
+        """What is held on the device."""
         for slab in self.slabs:
             yield from slab.tensors()
 
+    def weight(self) -> Weight:
+        """Its bytes; what the tiers' formulas don't call payload is metadata."""
+        shape, dtype = self.empty.shape, self.empty.dtype
+        payload = sum(x.tier.row_bytes(shape[2], dtype)[0] * x.layout.rows // x.tier.group for x in self.slabs)
+        host = nbytes(self.host.tensors()) if self.host else 0
+        return Weight(payload, nbytes(self.tensors()) - payload, host)
+
     def dense(self) -> Dense:
-        """Every row decoded. The exact rows of a slab with no padding are a view, not a copy."""
+        """Every row on the device, decoded. The exact rows of a slab with no padding are a view, not a copy."""
         like = self.empty.dtype
         parts = [slab.decode(self.token_ids, like) for slab in self.slabs]
         keys = [slab.layout.pad(k) for slab, (k, _) in zip(self.slabs, parts, strict=True)]
@@ -157,25 +200,38 @@ class PackedLayer:
 
     def edit(
         self,
-        edit: Edit,
+        edit: Edit | Keep,
         tail: tuple[Float[Tensor, "kv_heads tail dim"], Float[Tensor, "kv_heads tail dim"], Int[Tensor, " tail"]],
         token_ids: Int[Tensor, " tokens"],
         positions: int,
     ) -> PackedLayer:
         """The layer after `edit`; `tail` is (keys, values, positions) of the rows that came after the context."""
-        old = {slab.tier: (slab, start) for slab, start in zip(self.slabs, self._starts(), strict=True)}
         dense = self.dense()
         key, value = (torch.cat([x, t.to(x.dtype)], 1) for x, t in zip((dense.key, dense.value), tail[:2], strict=True))
         context = dense.position if dense.position is not None else tail[2].new_zeros(key.shape[0], dense.key.shape[1])
         position = torch.cat([context, tail[2].expand(key.shape[0], -1)], 1)
+        if isinstance(edit, Keep):
+            rows = edit.slots[..., None].expand(-1, -1, key.shape[2])
+            slab = Slab.encode(
+                EXACT,
+                Layout((edit.slots.shape[1],) * len(key)),
+                key.gather(1, rows).flatten(0, 1),
+                value.gather(1, rows).flatten(0, 1),
+                position.gather(1, edit.slots).flatten(),
+                positions,
+                token_ids,
+                self.hold_positions,
+            )
+            return replace(self, slabs=(slab,))
+        old = {slab.tier: (slab, start) for slab, start in zip(self.slabs, self._starts(), strict=True)}
         route = edit.route
         if dense.bias is not None:  # places where a head has fewer rows are no rows, whatever the edit says of them
             empty = torch.nn.functional.pad(dense.bias.isneginf(), (0, route.shape[1] - dense.bias.shape[1]))
             route = route.masked_fill(empty, EVICTED)
-        slabs = []
+        slabs, host = [], self.host
         for i, tier in enumerate(edit.tiers):
             moved = route == i
-            kept = None
+            kept = self.host if tier.host else None
             if tier in old:
                 slab, start = old[tier]
                 here = slice(start, start + slab.layout.width)
@@ -195,10 +251,13 @@ class PackedLayer:
                     self.hold_positions,
                     fixed=(kept.key_fixed, kept.value_fixed) if kept else None,
                 )
-                kept = _merge(kept, new, key.device) if kept else new
-            if kept and kept.layout.rows:
+                new = new.on_host() if tier.host else new
+                kept = _merge(kept, new) if kept else new
+            if tier.host:
+                host = kept
+            elif kept and kept.layout.rows:
                 slabs.append(kept)
-        return replace(self, slabs=tuple(slabs))
+        return replace(self, slabs=tuple(slabs), host=host)
 
     def _starts(self) -> list[int]:
         widths = [slab.layout.width for slab in self.slabs]
@@ -251,9 +310,10 @@ def _keep(slab: Slab, keep: Bool[Tensor, " rows"]) -> Slab:
     return _gather(_one_position_per_row(slab), slab.layout.heads(keep.device), keep.nonzero()[:, 0])
 
 
-def _merge(old: Slab, new: Slab, device: torch.device) -> Slab:
+def _merge(old: Slab, new: Slab) -> Slab:
     """The rows of both, head by head, the old ones first."""
     old, new = _one_position_per_row(old), _one_position_per_row(new)
+    device = next(iter(new.key.values())).device
     heads = torch.cat([slab.layout.heads(device) for slab in (old, new)])
     multiplicity = old.log_multiplicity
     both = replace(
@@ -314,7 +374,9 @@ def pack_layer(plan: LayerPlan, seen: Seen, layer: SeenLayer, column: Int[Tensor
             )
         )
     tokens = column if any(slab.tier.needs_token for slab in slabs) else None
-    return PackedLayer(tuple(slabs), tokens, layer.key[:, :0], plan.hold_positions)
+    host = next((slab.on_host() for slab in slabs if slab.tier.host), None)
+    device = tuple(slab for slab in slabs if not slab.tier.host)
+    return PackedLayer(device, tokens, layer.key[:, :0], plan.hold_positions, host)
 
 
 def _multiplicity(
@@ -337,6 +399,7 @@ class CompressedCache:
     token_ids: Int[Tensor, " tokens"]
     next_position: int
     planned: Weight
+    rope: Rope
 
     @classmethod
     def pack(cls, plan: Plan, seen: Seen) -> CompressedCache:
@@ -344,13 +407,31 @@ class CompressedCache:
         column = seen.token_ids.to(index_dtype(seen.vocabulary))
         layers = tuple(pack_layer(p, seen, x, column) for p, x in zip(plan.layers, seen.layers, strict=True))
         states = tuple(p.state for p in plan.layers)
-        cache = cls(layers, states, seen.token_ids, seen.next_position, weigh(plan, seen))
-        if cache.nbytes != cache.planned.held:
-            raise RuntimeError(f"the plan weighs {cache.planned.held} bytes, but {cache.nbytes} are held")
+        cache = cls(layers, states, seen.token_ids, seen.next_position, weigh(plan, seen), seen.network.rope)
+        if (cache.nbytes, cache.offloaded) != (cache.planned.held, cache.planned.offloaded):
+            found = f"{cache.nbytes} are held, {cache.offloaded} on the host"
+            raise RuntimeError(
+                f"the plan weighs {cache.planned.held} bytes, {cache.planned.offloaded} offloaded: {found}"
+            )
         return cache
 
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[PackedLayer],
+        states: Sequence[Any],
+        token_ids: Int[Tensor, " tokens"],
+        next_position: int,
+        rope: Rope,
+    ) -> CompressedCache:
+        """A context that was packed layer by layer."""
+        weights = [layer.weight() for layer in layers]
+        about = sum(x.metadata for x in weights) + nbytes(tensors_in(tuple(states)))
+        weight = Weight(sum(x.payload for x in weights), about, sum(x.offloaded for x in weights))
+        return cls(tuple(layers), tuple(states), token_ids, next_position, weight, rope)
+
     def tensors(self) -> Iterator[Tensor]:
-        """Everything held for the context: rows, metadata, the method's state."""
+        """Everything held on the device for the context: rows, metadata, the method's state."""
         for layer, state in zip(self.layers, self.states, strict=True):
             yield from layer.tensors()
             yield from tensors_in(state)
@@ -359,8 +440,13 @@ class CompressedCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, measured on the distinct storages."""
+        """Bytes held on the device, measured on the distinct storages."""
         return nbytes(self.tensors())
+
+    @property
+    def offloaded(self) -> int:
+        """Bytes held in the host's memory."""
+        return nbytes(t for layer in self.layers if layer.host for t in layer.host.tensors())
 
     @property
     def shared_bytes(self) -> int:
