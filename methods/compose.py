@@ -10,7 +10,7 @@ from torch import Tensor
 from kvbench.budget import Allowance
 from kvbench.errors import UsageError
 from kvbench.method import Delegate, Family, Method, Trust, Wrapper
-from kvbench.plan import Infeasible, LayerPlan, Plan, keep_all, shrink
+from kvbench.plan import Infeasible, LayerPlan, Plan, keep_all
 from kvbench.plugins import build_method, load
 from kvbench.prefill import Seen
 from kvbench.toolbox.routers import as_mass, byte_limits, hull_route
@@ -43,9 +43,11 @@ class Compose(Delegate):
             raise UsageError(f"method.tiers={list(self.tiers)}: name each tier once, and one at least")
         for name in self.tiers:
             tier(name)
-        if self.allocator and not issubclass(load("methods", self.allocator), Wrapper):
-            what = "allocates no rows over another method's scores"
-            raise UsageError(f"method.allocator={self.allocator} {what}; choose one such as adakv")
+        if self.allocator:
+            found = load("methods", self.allocator)
+            if not issubclass(found, Wrapper) or found.allocate is Wrapper.allocate:
+                what = "allocates no rows over another method's scores"
+                raise UsageError(f"method.allocator={self.allocator} {what}; choose one such as adakv")
         if type(build_method(self.scorer, **self.scorer_options)).scores is Method.scores:
             raise UsageError(f"method.scorer={self.scorer} scores no tokens; choose a scorer such as snapkv")
 
@@ -77,7 +79,7 @@ class Compose(Delegate):
         x = seen.layers[layer]
         tokens = x.key.shape[1]
         mean = int(limits.sum()) // (limits.numel() * max(costs))
-        first, last = shrink(self.protect, mean, tokens)
+        first, last = self.inner.protected(mean, tokens)
         at = torch.arange(tokens, device=x.key.device)
         route = hull_route(
             as_mass(scores, self.scale),

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
 from kvbench.errors import UsageError
-from kvbench.method import Family, Method, Trust
+from kvbench.method import Family, Trust, Wrapper
 from kvbench.plan import EXACT, Plan, keep_best
 from kvbench.prefill import Seen
 from kvbench.toolbox.allocation import retrieval_shares
@@ -20,19 +20,22 @@ from kvbench.toolbox.head_maps import RecallingHeads
 
 
 @dataclass(frozen=True)
-class DuoAttention(Method):
+class DuoAttention(Wrapper):
     """Retrieval heads hold every token, the others sinks and a window (DuoAttention, Xiao et al., arXiv 2410.10819).
 
     Reconstructed: the paper trains a gate per KV head on passkeys; here heads are ranked, with no training, by how far
     the layer's output moves without their distant tokens while hidden passages are repeated. `gates=<file>` takes
     trained gates instead: a table with a line per layer and a column per KV head, as the authors publish. The budget
     says how many heads are retrieval heads: as many as fit while the others hold `sinks` + `window` rows, which shrink
-    to half of an even share; what is left widens the windows. Differs: acts once, after the context is read.
+    to half of an even share; what is left widens the windows. The paper's heads hold sinks and a window:
+    `base=streamingllm`; with another base they hold its best tokens in place of the window, half of which at most are
+    the last ones that it protects. Differs: acts once, after the context is read.
     """
 
     family: ClassVar[Family] = Family.allocator
     trust: ClassVar[Trust] = Trust.reconstructed
 
+    base: str = "streamingllm"
     sinks: int = 128
     window: int = 256
     gates: str = ""
@@ -43,7 +46,17 @@ class DuoAttention(Method):
 
     @property
     def calibrations(self) -> frozenset[Calibration]:
-        return frozenset() if self.gates else frozenset({self.heads})
+        return super().calibrations | (frozenset() if self.gates else frozenset({self.heads}))
+
+    @property
+    def protect(self) -> tuple[int, int]:
+        return self.sinks, min(super().protect[1], self.window // 2)
+
+    def protected(self, rows: int, tokens: int) -> tuple[int, int]:
+        """They shrink with the rows of the heads that stream, in proportion."""
+        share = min(1, rows / 2 / (self.sinks + self.window))
+        first, last = self.protect
+        return int(first * share), int(last * share)
 
     def importance(self, seen: Seen) -> Float[Tensor, "layers kv_heads"]:
         if not self.gates:
@@ -53,10 +66,6 @@ class DuoAttention(Method):
             raise UsageError(f"method.gates={self.gates} has {tuple(gates.shape)} gates: not those of this model")
         return gates
 
-    def scores(self, seen: Seen, layer: int) -> Float[Tensor, "kv_heads tokens"]:
-        x = seen.layers[layer]
-        return x.position.float().expand(x.key.shape[:2])
-
     def allocate(
         self, seen: Seen, scores: Sequence[Float[Tensor, "kv_heads tokens"]], rows: int
     ) -> Int[Tensor, "layers kv_heads"]:
@@ -65,5 +74,4 @@ class DuoAttention(Method):
     def plan(self, seen: Seen, budget: Allowance) -> Plan:
         scores = [self.scores(seen, layer) for layer in range(len(seen.layers))]
         even = budget.limit // budget.charged(EXACT.row_bytes(seen.dim, seen.dtype)[0], 0) // sum(map(len, scores))
-        share = min(1, even / 2 / (self.sinks + self.window))
-        return keep_best(seen, scores, budget, self.allocate, (int(self.sinks * share), 0))
+        return keep_best(seen, scores, budget, self.allocate, self.protected(even, scores[0].shape[1]))

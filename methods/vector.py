@@ -16,7 +16,7 @@ from kvbench.cache.layout import index_dtype
 from kvbench.corpora import CALIBRATION_TEXTS
 from kvbench.errors import UsageError
 from kvbench.method import Family, Trust, Wrapper
-from kvbench.plan import EXACT, Infeasible, LayerPlan, Plan, Tier, keep_all, shrink
+from kvbench.plan import EXACT, Infeasible, LayerPlan, Plan, Tier, keep_all
 from kvbench.prefill import Seen, SeenLayer
 from kvbench.toolbox.routers import as_mass, byte_limits, hull_route, paper_counts, paper_route
 from kvbench.toolbox.tiers import all_rows, tier
@@ -129,7 +129,7 @@ class Vector(Wrapper):
         )
         if self.maps is Maps.layer:
             norm, kept, estimated = (v.sum(0, keepdim=True) for v in (norm, kept, estimated))
-        first, last = shrink(self.protect, int(limits.sum()) // (limits.numel() * costs[0]), tokens)
+        first, last = self.inner.protected(int(limits.sum()) // (limits.numel() * costs[0]), tokens)
         at = torch.arange(tokens, device=value.device)
         protected = (at < first) | (at >= tokens - last)
         if self.router is Router.paper:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_methods
 import torch
 from conftest import ids_of, tiny_network
 from hypothesis import given, settings
@@ -500,6 +501,99 @@ def test_recalled_passages_were_hidden_once(tiny: Model) -> None:
     assert calibration.fit(tiny)[0]["error"].shape == (tiny.network.layers, tiny.network.kv_heads)
 
 
+# -- both over any scorer ----------------------------------------------------------------------------------------------
+
+HEAD_METHODS: dict[str, dict[str, Any]] = {
+    "duoattention": {"sinks": 3, "window": 20},
+    "razorattention": {"sinks": 3, "threshold": 20, "ratio": 9},
+}
+ROW, HEADS = 2 * NETWORK.dim * 4, LAYERS * KV_HEADS
+
+
+def head_counts(rows: int, streaming: int, importance: Tensor) -> list[int]:
+    """Rows of each KV head: as many whole heads as leave `streaming` for each other one, the rest evenly."""
+    streaming = max(min(streaming, rows // HEADS // 2), 1)
+    whole_heads = (rows - HEADS * streaming) // (TOKENS - streaming)
+    order = importance.flatten().argsort(descending=True).tolist()
+    each, more = divmod(rows - whole_heads * TOKENS, HEADS - whole_heads)
+    streamers = sorted(order[whole_heads:], key=order.index)
+    return [each + (streamers.index(i) < more) if i in streamers else TOKENS for i in range(HEADS)]
+
+
+def head_rows(name: str, limit: int, seen: Seen, method: Any, recent: int) -> list[tuple[int, int, int]]:
+    """(rows of its own, of them the first, the last protected) for each KV head, within `limit` bytes."""
+    maps = seen.artefacts[method.heads].tensors
+    if name == "razorattention":
+        rows = (limit - 12 * HEADS) // ROW
+        importance = copying_order(maps["echo"], maps["induction"])
+        own = [c if c == TOKENS else c - 1 for c in head_counts(rows, 3 + 20 + 1, importance)]
+        firsts = [min(3, c // 2) for c in own]
+        return [(c, first, min(recent, c // 2 - first)) for c, first in zip(own, firsts, strict=True)]
+    own = head_counts(limit // ROW, 23, maps["error"])
+    if any(len(set(own[i : i + KV_HEADS])) > 1 for i in range(0, HEADS, KV_HEADS)):
+        own = head_counts((limit - 4 * HEADS) // ROW, 23, maps["error"])
+    share = min(Fraction(1), Fraction(limit // ROW // HEADS, 2 * 23))
+    return [(c, min(int(3 * share), c), int(min(recent, 10) * share)) for c in own]
+
+
+@pytest.mark.parametrize("name", HEAD_METHODS)
+@pytest.mark.parametrize("base", ["streamingllm", "snapkv", "h2o", "keydiff"])
+def test_heads_that_are_not_whole_hold_their_bases_best(name: str, base: str) -> None:
+    """The paper's sinks and window where no base is named; else its scores, and the last ones that it protects."""
+    options = HEAD_METHODS[name] | {"snapkv": WINDOW, "streamingllm": {}}.get(base, {"base": base})
+    method = plugins.build_method(name, **options)
+    seen = with_maps(see(method), method)
+    if base == "streamingllm":
+        assert method.base == base
+        scores = [[[float(t) for t in range(TOKENS)]] * KV_HEADS] * LAYERS
+    elif base == "snapkv":
+        scores = [snapkv_scores(layer) for layer in range(LAYERS)]
+    else:
+        scores = [plugins.build_method(base).scores(seen, layer).tolist() for layer in range(LAYERS)]
+    recent = {"snapkv": 8, "h2o": 10**9}.get(base, 0)
+    partial = 0
+    for limit in range(NETWORK.row_bytes() * 5, NETWORK.row_bytes() * TOKENS, 3331):
+        made = method.plan(seen, Allowance(limit))
+        assert CompressedCache.pack(made, seen).nbytes <= limit
+        for head, (count, first, last) in enumerate(head_rows(name, limit, seen, method, recent)):
+            layer, g = divmod(head, KV_HEADS)
+            found = (made.layers[layer].route[g, :TOKENS] == 0).nonzero()[:, 0].tolist()
+            if count == TOKENS:
+                assert found == list(range(TOKENS))
+                continue
+            assert found == best(scores[layer][g], count - first - last, first, last), (limit, head)
+            partial += 1
+            rows = made.layers[layer].made
+            if rows is not None:
+                dropped = [t for t in range(TOKENS) if t not in found]
+                mean = sum(seen.layers[layer].value[g, t] for t in dropped) / len(dropped)
+                torch.testing.assert_close(rows.value[g, 0], mean, atol=1e-5, rtol=0)
+                assert float(rows.log_multiplicity[g, 0]) == pytest.approx(math.log(len(dropped)))
+                assert int(rows.position[g, 0]) == sum(dropped) // len(dropped)
+        assert (made.layers[0].made is not None) == (name == "razorattention")
+    assert partial > 50
+
+
+@pytest.mark.parametrize("name", HEAD_METHODS)
+def test_what_a_base_needs_is_gathered_and_fitted(name: str) -> None:
+    base = plugins.build_method("compresskv")
+    method: Any = plugins.build_method(name, base="compresskv")
+    assert base.calibrations
+    assert method.calibrations == base.calibrations | {method.heads}
+    assert method.needs == base.needs
+    assert plugins.build_method(name).needs == frozenset()
+    with pytest.raises(UsageError, match="base=full scores no tokens"):
+        plugins.build_method(name, base="full")
+
+
+class TestHeadMethodsOverSnapKV(test_methods.TestEveryMethod):
+    """The conformance suite, where the base is not the paper's."""
+
+    @pytest.fixture(params=HEAD_METHODS)
+    def method(self, request: pytest.FixtureRequest) -> Method:
+        return plugins.build_method(request.param, **HEAD_METHODS[request.param], **WINDOW)
+
+
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 ALLOCATORS = ["pyramidkv", "adakv", "prefixkv", "cake", "duoattention"]
@@ -573,6 +667,18 @@ def test_shares_that_overflow_go_to_the_others() -> None:
     assert share_out(torch.tensor([8.0, 1.0, 1.0]), 20, 0, 10).tolist() == [10, 5, 5]
     assert share_out(torch.tensor([8.0, 0.0, 0.0]), 20, 0, 10).tolist() == [10, 5, 5]
     assert share_out(torch.tensor([1.0, 1.0, 1.0]), 29, 0, 10).tolist() == [10, 10, 9]
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_more_rows_than_there_are_tokens_are_all_tokens(name: str) -> None:
+    """Asked where a row is less than an exact one: of 4 bits, say."""
+    method = plugins.build_method(name)
+    seen = fake(3, 2, 50)
+    if name == "duoattention":
+        seen = with_maps(seen, method)
+    scores = [torch.rand(2, 50, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    for rows in (300, 301, 500, 2000):
+        assert (method.allocate(seen, scores, rows).clamp(max=50) == 50).all()
 
 
 @settings(deadline=None, max_examples=200)

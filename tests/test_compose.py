@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench import plugins
-from kvbench.artefact import load_or_fit
+from kvbench.artefact import Artefact, load_or_fit
 from kvbench.budget import Budget
 from kvbench.cache.packed import CompressedCache
 from kvbench.errors import UsageError
@@ -36,6 +36,9 @@ ALLOCATORS = [
     for name in plugins.files("methods")
     if plugins.load("methods", name).family is Family.allocator and issubclass(plugins.load("methods", name), Wrapper)
 ]
+WITH_SHARES = [  # others have a plan of their own, and no shares to hand out
+    name for name in ALLOCATORS if plugins.load("methods", name).allocate is not Wrapper.allocate
+]
 
 
 def see(method: Method, model: Model) -> Seen:
@@ -57,6 +60,7 @@ def test_every_scorer_under_every_allocator_among_tiers_and_as_vectors_base(scor
     methods = [plugins.build_method("vector", base=scorer)]
     for allocator in ALLOCATORS:
         methods.append(plugins.build_method(allocator, base=scorer))
+    for allocator in WITH_SHARES:
         methods.append(plugins.build_method("compose", scorer=scorer, allocator=allocator, tiers=["exact", "int4"]))
     for method in methods:
         plan, cache = packed(method, see(method, tiny), "0.4")
@@ -102,6 +106,39 @@ def test_one_exact_tier_is_plain_eviction(tiny: Model) -> None:
         assert (layer.route == EVICTED).sum() - (alone.route == EVICTED).sum() <= len(alone.route)
 
 
+@pytest.mark.parametrize("budget", ["0.1", "0.2", "0.4"])
+def test_one_exact_tier_is_the_allocator_alone(budget: str, tiny: Model) -> None:
+    """DuoAttention's sinks shrink with the heads that stream: they leave room for a window under compose too."""
+    gates = {"sinks": 20, "window": 30}
+    base = {"base": "snapkv", "base_options": {"window": 8}}
+    alone = plugins.build_method("duoattention", **gates, **base)
+    composed = plugins.build_method(
+        "compose",
+        scorer="snapkv",
+        scorer_options={"window": 8},
+        allocator="duoattention",
+        allocator_options=gates,
+        tiers=["exact"],
+    )
+    assert composed.calibrations == alone.calibrations
+    draw = torch.rand(tiny.network.layers, tiny.network.kv_heads, generator=torch.Generator().manual_seed(3))
+    heads = {calibration: Artefact({"error": draw}, {}, "") for calibration in alone.calibrations}
+    seen = replace(read_exactly(tiny.network, ids_of(tiny.network, TOKENS), alone.needs, "c"), artefacts=heads)
+    plans = [packed(method, seen, budget)[0].layers for method in (alone, composed)]
+    for mine, layer in zip(*plans, strict=True):
+        assert not ((layer.route != EVICTED) & (mine.route == EVICTED)).any()
+        assert ((mine.route != EVICTED).sum(1) - (layer.route != EVICTED).sum(1)).max() <= 1
+
+
+@pytest.mark.usefixtures("own_cache", "corpora")
+@pytest.mark.parametrize("allocator", WITH_SHARES)
+def test_small_tiers_under_every_allocator(allocator: str, tiny: Model) -> None:
+    """There are more rows to share out than there are tokens."""
+    method = plugins.build_method("compose", allocator=allocator, tiers=["int4"])
+    for budget in ("0.15", "0.5", "0.9"):
+        packed(method, see(method, tiny), budget)
+
+
 def test_survivors_at_4_bits_are_more_and_fewer_bits_keep_less(tiny: Model) -> None:
     exact = plugins.build_method("knorm")
     seen = see(exact, tiny)
@@ -122,6 +159,7 @@ def test_survivors_at_4_bits_are_more_and_fewer_bits_keep_less(tiny: Model) -> N
         ({"tiers": ["int4", "int4"]}, "each tier once"),
         ({"scorer": "full"}, "scores no tokens"),
         ({"allocator": "snapkv"}, "allocator=snapkv allocates no rows over another method's scores"),
+        ({"allocator": "razorattention"}, "allocator=razorattention allocates no rows over another method's scores"),
     ],
 )
 def test_what_cant_be_composed_is_refused(options: dict[str, Any], expected: str) -> None:

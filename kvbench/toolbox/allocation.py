@@ -43,6 +43,8 @@ def retrieval_shares(
     `streaming` shrinks to half of an even share. What is left widens the others' share evenly.
     """
     heads = importance.numel()
+    if rows >= heads * tokens:
+        return torch.full(importance.shape, tokens)
     streaming = max(min(streaming, rows // heads // 2), 1)
     whole = (rows - heads * streaming) // (tokens - streaming)
     order = importance.flatten().argsort(descending=True, stable=True).cpu()
