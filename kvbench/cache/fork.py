@@ -100,6 +100,22 @@ class _Fetched:
     value: Float[Tensor, "kv_heads fetched dim"]
 
 
+def _fetch(packed: PackedLayer, index: Int[Tensor, "kv_heads fetched"], held: _Fetched | None) -> tuple[_Fetched, int]:
+    """The host's rows `index` on the device, and how many of them had to move: not those in `held`."""
+    slab = packed.host
+    assert slab is not None
+    flat = index + slab.layout.starts(index.device)[:, None]
+    if held is None:
+        key, value = slab.fetch(flat.flatten(), packed.empty)
+        return _Fetched(index, *(x.unflatten(0, index.shape) for x in (key, value))), index.numel()
+    hit, where = (index[:, :, None] == held.index[:, None]).int().max(-1)
+    key, value = (x.take_along_dim(where[..., None], 1) for x in (held.key, held.value))
+    missing = hit == 0
+    rows = flat[missing]
+    key[missing], value[missing] = slab.fetch(rows, packed.empty)
+    return _Fetched(index, key, value), len(rows)
+
+
 class ForkLayer:
     """One layer of a fork. The rows are decoded once into a working copy, to which the tail is appended."""
 
@@ -182,6 +198,7 @@ class ForkLayer:
             self.state, chosen = method.select(self.state, event)
             self._count(chosen)
         if method.positions is Positions.contiguous:
+            assert event.position is not None, "contiguous positions ask for a plan that holds the original ones"
             keys = renumber(keys, event.position, chosen.mask, self.fork.rope)
             event = replace(event, key=keys)
         out = self._attend(event, keys, chosen)

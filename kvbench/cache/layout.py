@@ -65,3 +65,8 @@ class Layout:
         """The KV head of each row."""
         counts = torch.tensor(self.counts, device=device)
         return torch.arange(len(self.counts), device=device).repeat_interleave(counts, output_size=self.rows)
+
+    def starts(self, device: torch.device) -> Int[Tensor, " kv_heads"]:
+        """Where each KV head's rows begin."""
+        counts = torch.tensor(self.counts, device=device)
+        return counts.cumsum(0) - counts

@@ -81,9 +81,14 @@ class Slab:
 
     def on_host(self) -> Slab:
         """Moved to the host's memory, from where the device can fetch."""
-        moved = {name: _to_host(getattr(self, name)) for name in ("key", "value", "key_fixed", "value_fixed")}
-        rest = {"position": self.position, "log_multiplicity": self.log_multiplicity, "counts": self.counts}
-        return replace(self, **moved, **_to_host({k: x for k, x in rest.items() if x is not None}))
+        key, value, key_fixed, value_fixed = (
+            {name: _to_host(x) for name, x in stored.items()}
+            for stored in (self.key, self.value, self.key_fixed, self.value_fixed)
+        )
+        position, multiplicity, counts = (
+            None if x is None else _to_host(x) for x in (self.position, self.log_multiplicity, self.counts)
+        )
+        return Slab(self.tier, self.layout, key, value, key_fixed, value_fixed, position, multiplicity, counts)
 
     def fetch(self, rows: Int[Tensor, " rows"], like: Tensor) -> tuple[Tensor, Tensor]:
         """(keys, values) of some rows, moved to the device and decoded to the dtype of `like`."""
@@ -118,8 +123,8 @@ class Slab:
         return rows.key, self.tier.value.decode(self.value, rows, self.value_fixed, like)
 
 
-def _to_host(tensors: Stored) -> Stored:
-    return {name: x.cpu().pin_memory() if x.is_cuda else x for name, x in tensors.items()}
+def _to_host(x: Tensor) -> Tensor:
+    return x.cpu().pin_memory() if x.is_cuda else x
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def unrotate(
 
 
 def rotate(key: Float[Tensor, "kv_heads slots dim"], by: Int[Tensor, "kv_heads slots"], rope: Rope) -> Tensor:
-    """Keys moved by so many positions, in float32. Whatever scale the model gives its rotation is in the key already."""
+    """Keys moved by so many positions, in float32. The scale that a model may give its rotation is in them already."""
     cos, sin = (x.unflatten(0, by.shape) for x in rope(by.flatten()))
     scale = (cos.square() + sin.square()).sqrt()
     first, second = key.float().chunk(2, dim=-1)
