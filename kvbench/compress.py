@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+
 from kvbench.artefact import load_or_fit
+from kvbench.budget import Allowance
 from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell
 from kvbench.method import Axis
 from kvbench.model import Model
-from kvbench.plan import Infeasible, Plan, plan_rows
-from kvbench.prefill import Seen
+from kvbench.plan import Infeasible
+from kvbench.prefill import Reader, Seen
 
 
 class Compressor:
@@ -19,38 +23,63 @@ class Compressor:
 
     def __init__(self, cell: Cell, model: Model) -> None:
         self.artefacts = {calibration: load_or_fit(calibration, model) for calibration in cell.method.calibrations}
-        self._cell = cell
-        self._row_bytes = model.network.row_bytes()
+        self._cell, self._model = cell, model
 
-    def compress(self, seen: Seen) -> tuple[Plan, CompressedCache]:
-        """Plan and pack. Raises Infeasible."""
-        full = self._row_bytes * len(seen.token_ids)
-        allowance = self._cell.bound.allow(full, len(seen.token_ids))
+    def reader(self, ids: Int[Tensor, " tokens"], context_id: str) -> Reader:
+        """What a method with an own prefill starts from, where others start from what `read_exactly` saw."""
+        needs = self._cell.method.needs
+        return Reader(self._model.network, ids, needs, context_id, self.artefacts, self._model)
+
+    def compress(self, context: Seen | Reader) -> CompressedCache:
+        """Plan and pack what was read; or read and pack in the method's own way. Raises Infeasible."""
+        method = self._cell.method
+        full, allowance = self._full(context), self._allowance(context)
         try:
-            plan = self._cell.method.plan(replace(seen, artefacts=self.artefacts), allowance)
+            if isinstance(context, Reader):
+                cache = method.prefill(context, allowance)
+            else:
+                seen = replace(context, artefacts=self.artefacts)
+                cache = CompressedCache.pack(method.plan(seen, allowance), seen)
         except Infeasible as error:
             error.explain(self._cell.label, self._cell.budget, full)
             raise
-        cache = CompressedCache.pack(plan, seen)
-        method = self._cell.method
-        bounded = method.budgeted and method.axis is Axis.HELD and not allowance.nominal
+        bounded = method.budgeted and method.axis in (Axis.HELD, Axis.DEVICE) and not allowance.nominal
         if bounded and cache.nbytes > allowance.limit:
             raise RuntimeError(f"{self._cell.label} holds {cache.nbytes} bytes, its budget is {allowance.limit}")
-        return plan, cache
+        return cache
 
-    def describe(self, plan: Plan, cache: CompressedCache) -> dict[str, Any]:
-        """What a record says of a compressed context."""
-        tokens = len(cache.token_ids)
-        full = self._row_bytes * tokens
-        rows = plan_rows(plan)
+    def describe(self, context: Seen | Reader, cache: CompressedCache) -> dict[str, Any]:
+        """What a record says of a compressed context; sizes are of the whole context, whatever of it was read."""
+        rows, costs = tier_rows(cache), context.costs
+        passed = 0.0 if isinstance(context, Reader) else sum(context.passed[need] for need in self._cell.method.needs)
         return {
             "bytes_held": cache.nbytes,
-            "bytes_full": full,
-            "bytes_budget": self._cell.bound.allow(full, tokens).limit,
+            "bytes_full": self._full(context),
+            "bytes_budget": self._allowance(context).limit,
             "bytes_payload": cache.planned.payload,
             "bytes_metadata": cache.planned.metadata,
             "bytes_shared": cache.shared_bytes,
-            "tokens_context": tokens,
+            "bytes_offloaded": cache.offloaded,
+            "bytes_prefill": costs.bytes_prefill,
+            "tokens_context": len(context.token_ids),
+            "tokens_prefill": costs.tokens_prefill + passed,
+            "tokens_draft": costs.tokens_draft,
             "tokens_kept": sum(rows.values()),
             "tiers": rows,
         }
+
+    def _full(self, context: Seen | Reader) -> int:
+        return self._model.network.row_bytes() * len(context.token_ids)
+
+    def _allowance(self, context: Seen | Reader) -> Allowance:
+        return self._cell.bound.allow(self._full(context), len(context.token_ids))
+
+
+def tier_rows(cache: CompressedCache) -> dict[str, float]:
+    """Mean rows per layer and KV head in each tier."""
+    rows: dict[str, int] = {}
+    for layer in cache.layers:
+        for slab in filter(None, (*layer.slabs, layer.host)):
+            rows[slab.tier.name] = rows.get(slab.tier.name, 0) + slab.layout.rows
+    heads = sum(layer.empty.shape[0] for layer in cache.layers)
+    return {name: count / heads for name, count in rows.items()}

@@ -22,7 +22,7 @@ from kvbench.cell_run import CellRun
 from kvbench.measure.progress import Progress
 from kvbench.model import Model, load_model
 from kvbench.plan import keep_all
-from kvbench.prefill import Reader, Seen, read_exactly
+from kvbench.prefill import Seen, read_exactly
 from kvbench.report.summary import print_summary
 from kvbench.store import is_done
 from kvbench.task import Context
@@ -109,10 +109,10 @@ class _Compressed:
 
 
 def _compress(run: CellRun, seen: Seen) -> _Compressed:
-    if run.method.own_prefill:
-        seen = run.method.read(Reader(run.model.network, seen.token_ids, run.method.needs, seen.context_id))
-    plan, cache = run.compressor.compress(seen)
-    return _Compressed(run, Asked(run.cell, cache, run.open().done), run.compressor.describe(plan, cache))
+    own = run.method.own_prefill
+    context = run.compressor.reader(seen.token_ids, seen.context_id) if own else seen
+    cache = run.compressor.compress(context)
+    return _Compressed(run, Asked(run.cell, cache, run.open().done), run.compressor.describe(context, cache))
 
 
 def _answer(

@@ -174,10 +174,10 @@ class KVBench(TemplateLM):
         # What a method draws depends on the context, not on how many were asked before.
         name = hashlib.sha256(str(list(ids)).encode()).hexdigest()[:16]
         if method.own_prefill:
-            seen = method.read(Reader(self._network, tokens, method.needs, name))
+            cache = self._compressor.compress(self._compressor.reader(tokens, name))
         else:
             seen = read_exactly(self._network, tokens, method.needs, name, self._cell.model.prefill_chunk)
-        _, cache = self._compressor.compress(seen)
+            cache = self._compressor.compress(seen)
         self._contexts += 1
         self._held += cache.nbytes
         self._full += self._network.row_bytes() * len(ids)

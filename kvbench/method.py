@@ -6,7 +6,8 @@ A method says what it needs to see, and plans; it never touches a cache, a hook 
 - `allocate`: how many rows each layer and KV head gets, for the scores of any other method (see `Wrapper`).
 - `plan`: which tier each (layer, KV head, token) goes to, within the allowance.
 
-Methods that act in time add `step` (edits while decoding), `select` (which rows a query reads) or `prefill` (an own one).
+Methods that act in time add `step` (edits while decoding) or `select` (which rows a query reads); `prefill` is a way of
+their own to read the context.
 """
 
 from __future__ import annotations
@@ -118,8 +119,7 @@ class Method:
 
     @property
     def calibrations(self) -> frozenset[Calibration]:
-        """What is fitted once per model, offline, and kept: reaches `scores` and `plan` as `seen.artefacts`,
-        `prefill` as `reader.artefacts`."""
+        """What is fitted once per model, offline, and kept: `seen.artefacts`, or `reader.artefacts` in a prefill."""
         return frozenset()
 
     @property

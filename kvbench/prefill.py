@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,15 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvbench.budget import Allowance
+from kvbench.cache.packed import CompressedCache, PackedLayer, nbytes
 from kvbench.measure.clock import Stopwatch
+from kvbench.plan import Infeasible, LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvbench.artefact import Artefact, Calibration
     from kvbench.cache.hf import Network
+    from kvbench.model import Model
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,15 @@ class Statistic:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What reading a context takes besides seconds: the names are those of docs/metrics.md."""
+
+    bytes_prefill: int = 0
+    tokens_prefill: float = 0.0
+    tokens_draft: float = 0.0
+
+
+@dataclass(frozen=True)
 class SeenLayer:
     """The exact rows of a layer. Shared by all cells: never changed."""
 
@@ -66,8 +80,10 @@ class Seen:
     token_ids: Int[Tensor, " tokens"]
     network: Network
     context_id: str = ""
+    costs: Costs = Costs()  # of reading, statistics left out
     statistics: Mapping[Statistic, tuple[Any, ...]] = field(default_factory=dict)  # one value a layer
     seconds: Mapping[Statistic, float] = field(default_factory=dict)  # what gathering them took
+    passed: Mapping[Statistic, float] = field(default_factory=dict)  # tokens that gathering them sent through the model
     artefacts: Mapping[Calibration, Artefact] = field(default_factory=dict)  # of the method's `calibrations`
 
     @property
@@ -107,6 +123,7 @@ class Recorder:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
         self.observed: dict[Statistic, Any] = dict.fromkeys(statistics)
+        self.watched = False  # whether `last` is kept
         self.last: Observed | None = None
 
     def attend(
@@ -126,11 +143,20 @@ class Recorder:
         new = query.shape[2]
         mask = causal_lower_right(new, start + new) if start else None
         out = scaled_dot_product_attention(query, key, value, mask, is_causal=not start, scale=scale, enable_gqa=True)
-        self.last = Observed(self.layer, query[0], self.key, self.value, start, self.total, scale, self.network.rope)
+        seen = Observed(self.layer, query[0], self.key, self.value, start, self.total, scale, self.network.rope)
+        self.last = seen if self.watched else None
         for statistic in self.observed:
             with self.clocks[statistic]:
-                self.observed[statistic] = statistic.observe(self.observed[statistic], self.last)
+                self.observed[statistic] = statistic.observe(self.observed[statistic], seen)
         return out
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """The keys and values held."""
+        return [x for x in (self.key, self.value) if x is not None]
+
+    def drop(self) -> None:
+        self.key = self.value = self.last = None
 
 
 def read_exactly(
@@ -150,7 +176,10 @@ def read_exactly(
 
 
 class Reader:
-    """What a method with an own prefill reads the context with: its tokens, and the model's layers one by one."""
+    """What a method with an own prefill reads a context with: its tokens, the model layer by layer, and the bill.
+
+    A layer that has been run holds its exact rows until it is packed or dropped.
+    """
 
     def __init__(
         self,
@@ -158,23 +187,33 @@ class Reader:
         ids: Int[Tensor, " tokens"],
         statistics: Iterable[Statistic] = (),
         context_id: str = "",
+        artefacts: Mapping[Calibration, Artefact] | None = None,
+        model: Model | None = None,
     ) -> None:
-        self.network, self.ids, self.context_id = network, ids, context_id
+        self.network, self.token_ids, self.context_id = network, ids, context_id
+        self.artefacts = artefacts or {}
+        self.model = model  # whose network it is
         statistics = list(statistics)
         self._clocks = {s: Stopwatch(network.device) for s in statistics}
         self.recorders = [Recorder(i, len(ids), network, statistics, self._clocks) for i in range(network.layers)]
         self._positions: dict[int, Tensor] = {}
+        self._packed: dict[int, CompressedCache] = {}  # of one layer each
+        self._peak = 0
+        self._draft = 0.0
+        self._started = network.passed
 
     def embed(self) -> Float[Tensor, "tokens hidden"]:
-        return self.network.embed(self.ids)
+        return self.network.embed(self.token_ids)
 
     def run(
         self, layers: range, hidden: Float[Tensor, "tokens hidden"], position: Int[Tensor, " tokens"]
     ) -> Float[Tensor, "tokens hidden"]:
         """Runs some layers over hidden states; they keep their rows."""
         for i in layers:
+            self.recorders[i].watched = True
             hidden = self.network.run_layer(i, hidden, position, self.recorders[i])
             self._positions[i] = position
+            self.holds()
         return hidden
 
     def last(self, layer: int) -> Observed:
@@ -183,19 +222,90 @@ class Reader:
         assert observed is not None, f"layer {layer} has not been run"
         return observed
 
+    def pack(self, layer: int, plan: LayerPlan) -> None:
+        """Packs the rows of a layer just run, and lets go of the exact ones."""
+        one = Seen((self._rows(layer),), self.token_ids, self.network, self.context_id)
+        self._packed[layer] = CompressedCache.pack(Plan((plan,)), one)
+        self.holds()
+        self.drop(layer)
+
+    def drop(self, layer: int) -> None:
+        """Lets go of the rows of a layer just run."""
+        self.recorders[layer].drop()
+
+    def cache(self) -> CompressedCache:
+        """The compressed context, once every layer has been packed."""
+        parts = [self._packed[i] for i in range(self.network.layers)]
+        layers, states = [x.layers[0] for x in parts], [x.states[0] for x in parts]
+        return CompressedCache.of(layers, states, self.token_ids, len(self.token_ids), self.network.rope)
+
     def seen(self) -> Seen:
-        every = torch.arange(len(self.ids), device=self.ids.device)
-        layers = []
-        for i, x in enumerate(self.recorders):
-            assert x.key is not None, f"layer {i} has not been run"
-            assert x.value is not None
-            layers.append(SeenLayer(x.key, x.value, self._positions.get(i, every)))
-        seen = Seen(tuple(layers), self.ids, self.network, self.context_id)
-        statistics = {}
+        """What was read, where layers weren't packed one by one: all that `Method.plan` asks for."""
+        seen = Seen(
+            tuple(self._rows(i) for i in range(len(self.recorders))),
+            self.token_ids,
+            self.network,
+            self.context_id,
+            self.costs,
+            artefacts=self.artefacts,
+        )
+        statistics, passed = {}, {}
         for statistic, clock in self._clocks.items():
+            before = self.network.passed
             with clock:
                 statistics[statistic] = statistic.finish(tuple(r.observed[statistic] for r in self.recorders), seen)
-        return replace(seen, statistics=statistics, seconds={s: clock.seconds for s, clock in self._clocks.items()})
+            passed[statistic] = (self.network.passed - before) / self.network.layers
+        seconds = {s: clock.seconds for s, clock in self._clocks.items()}
+        return replace(seen, statistics=statistics, seconds=seconds, passed=passed)
+
+    def _rows(self, layer: int) -> SeenLayer:
+        x = self.recorders[layer]
+        assert x.key is not None, f"layer {layer} has not been run"
+        assert x.value is not None
+        every = torch.arange(x.key.shape[1], device=self.token_ids.device)
+        return SeenLayer(x.key, x.value, self._positions.get(layer, every))
+
+    def empty(self) -> CompressedCache:
+        """A compressed context of no tokens, for a fork that reads block by block."""
+        network = self.network
+        rows = torch.empty(network.kv_heads, 0, network.dim, dtype=network.dtype, device=self.token_ids.device)
+        layers = [PackedLayer((), None, rows)] * network.layers
+        return CompressedCache.of(layers, [None] * network.layers, self.token_ids[:0], 0, network.rope)
+
+    def read(self, ids: Int[Tensor, " new"]) -> Seen:
+        """Reads `ids` in place of the context, exactly."""
+        seen = read_exactly(self.network, ids, context_id=self.context_id)
+        self.holds(seen.costs.bytes_prefill)
+        return seen
+
+    def rows(self, budget: Allowance) -> int:
+        """Exact tokens that the allowance holds, the same number in every layer and KV head. Raises Infeasible."""
+        row = self.network.row_bytes()
+        if budget.limit < row:
+            raise Infeasible(row, budget.limit)
+        return min(budget.limit // row, len(self.token_ids))
+
+    # -- the bill --------------------------------------------------------------------------------------------------
+
+    def holds(self, more: int = 0) -> None:
+        """Says that `more` bytes of keys and values are held now, besides those that this reader knows of."""
+        packed = (t for cache in self._packed.values() for t in cache.tensors())
+        mine = nbytes([*packed, *(t for x in self.recorders for t in x.rows)])
+        self._peak = max(self._peak, mine + more)
+
+    @contextmanager
+    def drafting(self, draft: Network) -> Iterator[None]:
+        """What is run inside is the draft's cost, not the reading's; `draft` may be this very network."""
+        before, mine = draft.passed, self.network.passed
+        yield
+        self._draft += (draft.passed - before) / draft.layers
+        self._started += self.network.passed - mine
+
+    @property
+    def costs(self) -> Costs:
+        """Of all that was done since the reader was made."""
+        self.holds()
+        return Costs(self._peak, (self.network.passed - self._started) / self.network.layers, self._draft)
 
 
 class _Ahead:

@@ -1,8 +1,8 @@
 """Seconds and peak memory of cells, each measured alone: a short pass after all answers are there.
 
-A prefill is the same work for every cell that asks for the same statistics, so it is read, and timed, once for them;
-nothing of another cell is alive while a cell compresses and decodes. The first example goes twice, the first time to
-warm up. Decoding is of a fixed length and in a batch of one.
+A prefill is the same work for every cell that asks for the same statistics, so it is read, and timed, once for them; an
+own prefill is its cell's alone. Nothing of another cell is alive while a cell compresses and decodes. The first example
+goes twice, the first time to warm up. Decoding is of a fixed length and in a batch of one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvbench.measure.clock import Stopwatch
 from kvbench.measure.memory import Peak
 from kvbench.measure.progress import Progress
 from kvbench.model import Model
-from kvbench.prefill import Reader, Seen, read_exactly
+from kvbench.prefill import Seen, read_exactly
 
 STEPS = 16  # tokens decoded for a measurement
 
@@ -63,34 +63,34 @@ def time_alone(runs: Sequence[CellRun], model: Model, settings: Settings) -> Non
 
 @dataclass(frozen=True)
 class _Read:
-    """A context that was read, and what that took."""
+    """A context that was read exactly, and what that took."""
 
     seen: Seen
     seconds: float  # statistics left out
     peak: int | None
 
 
-def _read(run: CellRun, model: Model, unit: Unit) -> _Read:
-    network, needs = model.network, run.method.needs
+def _read(run: CellRun, model: Model, unit: Unit) -> _Read | None:
+    """None where compressing will read too."""
+    if run.method.own_prefill:
+        return None
+    network = model.network
     ids = torch.tensor(unit.ids, device=network.device)
     watch, peak = Stopwatch(network.device), Peak(network.device)
     with peak, watch:
-        if run.method.own_prefill:
-            seen = run.method.read(Reader(network, ids, needs, unit.id))
-        else:
-            seen = read_exactly(network, ids, needs, unit.id, model.config.prefill_chunk)
+        seen = read_exactly(network, ids, run.method.needs, unit.id, model.config.prefill_chunk)
     return _Read(seen, watch.seconds - sum(seen.seconds.values()), peak.nbytes)
 
 
-def _measure(run: CellRun, model: Model, unit: Unit, read: _Read) -> dict[str, Any]:
+def _measure(run: CellRun, model: Model, unit: Unit, read: _Read | None) -> dict[str, Any]:
     """A timing record: the names are those of docs/metrics.md."""
     network, turn = model.network, unit.turns[0]
-    fed = torch.tensor([turn.fed], device=network.device)
+    ids, fed = (torch.tensor(x, device=network.device) for x in (unit.ids, [turn.fed]))
     peak, compressing, feeding = Peak(network.device), Stopwatch(network.device), Stopwatch(network.device)
     steps = []
     with peak:
         with compressing:
-            _, cache = run.compressor.compress(read.seen)
+            cache = run.compressor.compress(read.seen if read else run.compressor.reader(ids, unit.id))
         with feeding:
             fork = Fork(cache, run.method)
             last = feed(network, [fork], fed, last_only=True)[:, -1].argmax(-1, keepdim=True)
@@ -99,14 +99,15 @@ def _measure(run: CellRun, model: Model, unit: Unit, read: _Read) -> dict[str, A
             with step:
                 last = feed(network, [fork], last, last_only=True)[:, -1].argmax(-1, keepdim=True)
             steps.append(step.seconds)
-    statistics = sum(read.seen.seconds[need] for need in run.method.needs)
-    peaks = [x for x in (read.peak, peak.nbytes) if x is not None]
+    statistics = sum(read.seen.seconds[need] for need in run.method.needs) if read else 0.0
+    prefill, compress = (read.seconds, compressing.seconds) if read else (compressing.seconds, 0.0)
+    peaks = [x for x in (read.peak if read else None, peak.nbytes) if x is not None]
     return {
         "id": turn.example.id,
-        "prefill_s": read.seconds,
+        "prefill_s": prefill,
         "statistics_s": statistics,
-        "compress_s": compressing.seconds,
-        "ttft_s": read.seconds + statistics + compressing.seconds + feeding.seconds,
+        "compress_s": compress,
+        "ttft_s": prefill + statistics + compress + feeding.seconds,
         "tpot_s": median(steps),
         "bytes_peak": max(peaks, default=None),
     }

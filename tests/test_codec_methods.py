@@ -27,11 +27,12 @@ from kvbench.cache.fork import Fork
 from kvbench.cache.layout import Layout
 from kvbench.cache.packed import CompressedCache, nbytes
 from kvbench.cache.rope import unrotate
+from kvbench.compress import tier_rows
 from kvbench.decode import feed
 from kvbench.errors import UsageError
 from kvbench.method import Method
 from kvbench.model import Model
-from kvbench.plan import EVICTED, Infeasible, Plan, keep_all, plan_rows, top_rows
+from kvbench.plan import EVICTED, Infeasible, Plan, keep_all, top_rows
 from kvbench.prefill import Observed, Seen, Statistic, read_exactly
 from kvbench.toolbox.low_rank import Directions, group_size
 from kvbench.toolbox.value_maps import sequences
@@ -242,13 +243,13 @@ def test_kivi_takes_what_the_budget_allows() -> None:
     full = NETWORK.row_bytes() * TOKENS
     assert sizes["2-bit"] < sizes["4-bit"] < full
     for name, size in sizes.items():
-        plan, cache = compress(method, seen, size)
+        cache = compress(method, seen, size)[1]
         assert cache.nbytes == size
-        assert name in plan_rows(plan)
+        assert name in tier_rows(cache)
         assert compress(method, seen, size - 1)[1].nbytes < size
-    smaller = compress(method, seen, sizes["2-bit"] - 1)[0]
+    smaller = compress(method, seen, sizes["2-bit"] - 1)[1]
     residuals = [r for r in range(56, -1, -8) if _kivi_bytes(TOKENS, 2, 8, r) < sizes["2-bit"]]
-    assert plan_rows(smaller)["2-bit"] == TOKENS - residuals[0]  # the residual gives way, group by group
+    assert tier_rows(smaller)["2-bit"] == TOKENS - residuals[0]  # the residual gives way, group by group
     assert compress(method, seen, full - 1)[1].nbytes == sizes["4-bit"]
     assert compress(method, seen, full)[1].nbytes == full
 
@@ -336,7 +337,7 @@ def test_the_quantiser_is_the_best_for_its_law(bits: int, dim: int) -> None:
 @pytest.mark.parametrize("share", [0.17, 0.15, 0.12, 0.09, 0.07])
 def test_turboquant_takes_the_bits_that_fit(share: float) -> None:
     method = plugins.build_method("turboquant")
-    (name,) = plan_rows(compress(method, see(method), str(share))[0])
+    (name,) = tier_rows(compress(method, see(method), str(share))[1])
     fitting = [b for b in (1, 2, 3, 4) if DIM * b / 8 + 2 <= share * DIM * 4]
     assert name == f"{max(fitting)}-bit"
 
@@ -498,7 +499,7 @@ def test_as_little_is_thinned_as_the_budget_asks_for(name: str, option: str, mos
     assert cache.nbytes <= limit + 1
     tier = plan.layers[0].tiers[0]
     thinned = {t.name for t in plan.layers[0].tiers} != {"exact"}
-    kept = sum(plan_rows(plan).values())
+    kept = sum(tier_rows(cache).values())
     if thinned and kept == TOKENS:  # one entry or channel more, with the least window, would not have fitted
         keep = tier.key.keep  # type: ignore[attr-defined]
         more = replace(method, **{option: 1 - (keep + 1) / DIM})

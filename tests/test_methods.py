@@ -20,7 +20,7 @@ from kvbench.cache.packed import CompressedCache
 from kvbench.decode import feed
 from kvbench.method import Axis, Method
 from kvbench.model import Model
-from kvbench.plan import EVICTED, Infeasible, Plan, shrink, weigh
+from kvbench.plan import EVICTED, Infeasible, Plan, shrink
 from kvbench.prefill import Reader, Seen, read_exactly
 
 TOKENS, NEW = 200, 7
@@ -34,19 +34,18 @@ def method(request: pytest.FixtureRequest) -> Method:
 
 
 def see(method: Method, model: Model, tokens: int = TOKENS, chunk: int = 65536) -> Seen:
-    network = model.network
-    ids = ids_of(network, tokens)
-    if method.own_prefill:
-        seen = method.read(Reader(network, ids, method.needs, "c"))
-    else:
-        seen = read_exactly(network, ids, method.needs, "c", chunk)
+    seen = read_exactly(model.network, ids_of(model.network, tokens), method.needs, "c", chunk)
     return replace(seen, artefacts={c: load_or_fit(c, model) for c in method.calibrations})
 
 
-def pack(method: Method, seen: Seen, budget: str) -> tuple[Plan, CompressedCache]:
+@torch.inference_mode()
+def pack(method: Method, seen: Seen, budget: str) -> CompressedCache:
     full = seen.network.row_bytes() * len(seen.token_ids)
-    plan = method.plan(seen, Budget.parse(budget).allow(full, len(seen.token_ids)))
-    return plan, CompressedCache.pack(plan, seen)
+    allowance = Budget.parse(budget).allow(full, len(seen.token_ids))
+    if method.own_prefill:
+        reader = Reader(seen.network, seen.token_ids, method.needs, seen.context_id, seen.artefacts)
+        return method.prefill(reader, allowance)
+    return CompressedCache.pack(method.plan(seen, allowance), seen)
 
 
 def smallest(method: Method, seen: Seen, budget: str) -> int:
@@ -58,10 +57,23 @@ def smallest(method: Method, seen: Seen, budget: str) -> int:
     return 0
 
 
-def pack_near(method: Method, seen: Seen, budget: str) -> tuple[Plan, CompressedCache]:
+def pack_near(method: Method, seen: Seen, budget: str) -> CompressedCache:
     """Packs at a budget; where a fixed rate does not reach down to it, at the smallest plan."""
     least = smallest(method, seen, budget) if method.fixed_rate else 0
     return pack(method, seen, f"{least}B" if least else budget)
+
+
+def plan_near(method: Method, seen: Seen, budget: str) -> Plan:
+    """What `pack_near` packs."""
+    least = smallest(method, seen, budget) if method.fixed_rate else 0
+    full = seen.network.row_bytes() * len(seen.token_ids)
+    return method.plan(seen, Budget.parse(f"{least}B" if least else budget).allow(full, len(seen.token_ids)))
+
+
+def alike(first: CompressedCache, second: CompressedCache) -> bool:
+    """Whether two caches hold the same bits."""
+    pairs = zip(first.tensors(), second.tensors(), strict=True)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.usefixtures("own_cache", "corpora")
@@ -69,11 +81,11 @@ class TestEveryMethod:
     @pytest.mark.parametrize("budget", BUDGETS)
     def test_holds_what_it_planned_within_the_budget(self, method: Method, tiny: Model, budget: str) -> None:
         seen = see(method, tiny)
-        plan, cache = pack_near(method, seen, budget)
+        cache = pack_near(method, seen, budget)
         limit = float(budget) * tiny.network.row_bytes() * TOKENS
         if method.fixed_rate:
             limit = max(limit, smallest(method, seen, budget))
-        assert cache.nbytes == weigh(plan, seen).held  # measured = predicted
+        assert cache.nbytes == cache.planned.held  # measured = predicted
         if method.budgeted and method.axis is Axis.HELD:
             assert cache.nbytes <= limit
             if not method.fixed_rate:  # filled to within two rows per layer and head, and the metadata of one of them
@@ -86,17 +98,17 @@ class TestEveryMethod:
         for budget in ("0.3", "0.6", "1"):
             limit = max(int(float(budget) * full), smallest(method, seen, budget))
             if limit <= full:
-                plan, cache = pack(method, seen, f"{limit}B")
-                assert cache.nbytes == weigh(plan, seen).held
+                cache = pack(method, seen, f"{limit}B")
+                assert cache.nbytes == cache.planned.held
                 if method.budgeted and method.axis is Axis.HELD:
                     assert cache.nbytes <= limit
-        assert pack(method, seen, "1")[1].nbytes == full
+        assert pack(method, seen, "1").nbytes == full
 
     def test_budget_1_is_the_full_cache(self, method: Method, tiny: Model) -> None:
         seen = see(method, tiny)
-        cache = pack(method, seen, "1")[1]
+        cache = pack(method, seen, "1")
         new = ids_of(tiny.network, NEW, seed=2)[None]
-        full = Fork(pack(plugins.build_method("full"), seen, "1")[1], Method())
+        full = Fork(pack(plugins.build_method("full"), seen, "1"), Method())
         with torch.inference_mode():
             expected = feed(tiny.network, [full], new)
             found = feed(tiny.network, [Fork(cache, method)], new)
@@ -105,21 +117,19 @@ class TestEveryMethod:
 
     def test_same_seed_same_plan_in_any_company(self, method: Method, tiny: Model) -> None:
         """The plan depends on the context alone: not on a second run, nor on statistics that others asked for."""
-        plan = pack_near(method, see(method, tiny), "0.25")[0]
+        cache = pack_near(method, see(method, tiny), "0.25")
         torch.rand(3)
-        again = pack_near(method, see(method, tiny), "0.25")[0]
-        every = {need for name in METHODS for need in plugins.build_method(name).needs}
+        assert alike(cache, pack_near(method, see(method, tiny), "0.25"))
         if not method.own_prefill:
+            every = {need for name in METHODS for need in plugins.build_method(name).needs}
             company = read_exactly(tiny.network, ids_of(tiny.network, TOKENS), every, "c")
             company = replace(company, artefacts=see(method, tiny).artefacts)
-            shared = pack_near(method, company, "0.25")[0]
-            assert all(torch.equal(a.route, b.route) for a, b in zip(plan.layers, shared.layers, strict=True))
-        assert all(torch.equal(a.route, b.route) for a, b in zip(plan.layers, again.layers, strict=True))
+            assert alike(cache, pack_near(method, company, "0.25"))
 
     def test_changes_nothing_it_saw(self, method: Method, tiny: Model) -> None:
         seen = see(method, tiny)
         before = [(x.key.clone(), x.value.clone()) for x in seen.layers]
-        cache = pack_near(method, seen, "0.25")[1]
+        cache = pack_near(method, seen, "0.25")
         with torch.inference_mode():
             feed(tiny.network, [Fork(cache, method)], ids_of(tiny.network, NEW)[None])
         for (key, value), x in zip(before, seen.layers, strict=True):
@@ -128,19 +138,19 @@ class TestEveryMethod:
 
     @pytest.mark.parametrize("budget", ["0.1", "0.5"])
     def test_forks_never_see_each_other(self, method: Method, tiny: Model, budget: str) -> None:
-        checks.forks_never_see_each_other(tiny.network, pack_near(method, see(method, tiny), budget)[1], method)
+        checks.forks_never_see_each_other(tiny.network, pack_near(method, see(method, tiny), budget), method)
 
     def test_batch_equals_solo(self, method: Method, tiny: Model) -> None:
         seen = see(method, tiny)
-        checks.batch_equals_solo(tiny.network, [pack_near(method, seen, b)[1] for b in ("0.1", "0.5")], method)
+        checks.batch_equals_solo(tiny.network, [pack_near(method, seen, b) for b in ("0.1", "0.5")], method)
 
     def test_a_block_equals_token_by_token(self, method: Method, tiny: Model) -> None:
-        checks.block_equals_single(tiny.network, pack_near(method, see(method, tiny), "0.25")[1], method)
+        checks.block_equals_single(tiny.network, pack_near(method, see(method, tiny), "0.25"), method)
 
     def test_tiers_attend_as_the_oracle(self, method: Method, tiny: Model) -> None:
         if method.steps or method.selects:
             pytest.skip("acts in time: the tiered path is for caches that only grow")
-        cache = pack_near(method, see(method, tiny), "0.25")[1]
+        cache = pack_near(method, see(method, tiny), "0.25")
         new = ids_of(tiny.network, NEW, seed=8)[None]
         with torch.inference_mode():
             oracle = feed(tiny.network, [Fork(cache, method)], new)
@@ -150,14 +160,14 @@ class TestEveryMethod:
     def test_chunked_reading_plans_alike(self, method: Method, tiny: Model) -> None:
         if method.own_prefill:
             pytest.skip("reads in its own way")
-        plans = [pack_near(method, see(method, tiny, chunk=chunk), "0.25")[0] for chunk in (65536, 64)]
+        plans = [plan_near(method, see(method, tiny, chunk=chunk), "0.25") for chunk in (65536, 64)]
         for whole, chunked in zip(plans[0].layers, plans[1].layers, strict=True):
             assert (whole.route == chunked.route).float().mean() > 0.99  # ties may fall differently
 
     def test_protected_tokens_are_kept(self, method: Method, tiny: Model) -> None:
-        if type(method).plan is not Method.plan:
+        if type(method).plan is not Method.plan or method.own_prefill:
             pytest.skip("has a plan of its own: its tests say what it keeps")
-        plan = pack(method, see(method, tiny), "0.25")[0]
+        plan = plan_near(method, see(method, tiny), "0.25")
         rows = [(layer.route != EVICTED).sum() / len(layer.route) for layer in plan.layers]
         for layer, kept in zip(plan.layers, rows, strict=True):
             first, last = shrink(method.protect, int(min(kept, min(rows))), TOKENS)
@@ -174,8 +184,8 @@ class TestEveryMethod:
         seen = see(method, half)
         assert seen.layers[0].key.dtype == torch.bfloat16
         limit = max(int(0.25 * network.row_bytes() * TOKENS), smallest(method, seen, "0.25"))
-        plan, cache = pack(method, seen, f"{limit}B")
-        assert cache.nbytes == weigh(plan, seen).held
+        cache = pack(method, seen, f"{limit}B")
+        assert cache.nbytes == cache.planned.held
         if method.budgeted and method.axis is Axis.HELD:
             assert cache.nbytes <= limit
         with torch.inference_mode():
@@ -184,9 +194,9 @@ class TestEveryMethod:
     def test_nominal_budgets_are_never_refused_for_metadata(self, method: Method, tiny: Model) -> None:
         seen = see(method, tiny)
         for budget in ("0.9r", "20tok"):
-            plan, _ = pack(method, seen, budget)
+            cache = pack(method, seen, budget)
             if method.budgeted:
-                assert weigh(plan, seen).payload <= 20 * tiny.network.row_bytes()
+                assert cache.planned.payload <= 20 * tiny.network.row_bytes()
 
     def test_refuses_with_the_smallest_plan(self, method: Method, tiny: Model) -> None:
         if not method.budgeted:
@@ -194,7 +204,7 @@ class TestEveryMethod:
         seen = see(method, tiny)
         with pytest.raises(Infeasible) as refused:
             pack(method, seen, "1B")
-        cache = pack(method, seen, f"{refused.value.smallest}B")[1]
+        cache = pack(method, seen, f"{refused.value.smallest}B")
         assert 0 < cache.nbytes <= refused.value.smallest
 
     def test_docstring_says_where_it_comes_from(self, method: Method) -> None:
@@ -225,7 +235,7 @@ def test_budget_1_reproduces_stock_transformers(family: str) -> None:
     full = plugins.build_method("full")
     with torch.inference_mode():
         seen = read_exactly(network, ids[:60])
-        fork = Fork(pack(full, seen, "1")[1], full)
+        fork = Fork(pack(full, seen, "1"), full)
         logits = feed(network, [fork], ids[None, 60:])
         torch.testing.assert_close(logits, stock(ids[None]).logits[:, 60:], atol=1e-4, rtol=0)
         from kvbench.decode import greedy
