@@ -58,18 +58,23 @@ def listing(kinds: tuple[str, ...] = KINDS) -> str:
     return "\n\n".join(blocks)
 
 
-COLUMNS = ("family", "trust", "last queries", "fitted", "holds")
+COLUMNS = ("family", "trust", "budget bounds", "last queries", "fitted", "holds")
 
 
 def traits(file: Path) -> tuple[str, ...]:
     """What COLUMNS say of a method; a preset says it of no more than itself."""
     if file.suffix != ".py":
-        return ("preset", "", "", "", "")
+        return ("preset", "", "", "", "", "")
     found = plugins.about(file)
     aware = "seen" if found.traits.get("query_aware") == "True" else ""
     fitted = "per model" if found.fitted else ""
     family, trust = found.traits.get("family", ""), found.traits.get("trust", "")
-    return (family, trust, aware, fitted, found.traits.get("holds", "exact tokens"))
+    return (family, trust, axis(file), aware, fitted, found.traits.get("holds", "exact tokens"))
+
+
+def axis(file: Path) -> str:
+    """What bytes a method's budget bounds, in a word."""
+    return plugins.about(file).traits.get("axis", "HELD").lower()
 
 
 def methods() -> str:
@@ -102,9 +107,10 @@ Made by `python -m kvbench.list --page > docs/methods.md` from the docstrings in
 
 *Trust*: `published`, a published figure was re-made; `parity`, the kept sets equal those of an independent reference on
 the same keys, queries and values; `paper`, written from the paper's formulas; `reconstructed`, details were inferred.
-*Last queries*: the method looks at the context's last queries, so at the question under `protocol=aware`. *Fitted*:
-something is calibrated once per model, offline, on text that no task uses. *Holds*: what a compressed context is made
-of.
+*Budget bounds*: the bytes `held` on the device (everything), on the `device` (the rest is in the host's memory), or
+`read` per decoding step (all is held, and more). *Last queries*: the method looks at the context's last queries, so at
+the question under `protocol=aware`. *Fitted*: something is calibrated once per model, offline, on text that no task
+uses. *Holds*: what a compressed context is made of.
 Options are the fields of the class: `python -m kvbench.run method=<name> --cfg job` shows them with their defaults.
 """
 

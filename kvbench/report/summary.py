@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvbench import plugins
+from kvbench.list import axis
 from kvbench.store import read_cell
 
 COLUMNS = {
@@ -19,6 +20,8 @@ COLUMNS = {
     "kl_full": ("KL to full", "{:.3f}"),
     "agree_full": ("top-1", "{:.3f}"),
     "tokens_kept": ("tokens kept", "{:.0f}"),
+    "bytes_read": ("read/step MiB", "{:.2f}"),
+    "bytes_moved": ("moved/step MiB", "{:.2f}"),
     "bytes_shared": ("shared MiB", "{:.2f}"),
     "compress_s": ("compress s", "{:.3f}"),
     "ttft_s": ("TTFT s", "{:.2f}"),
@@ -38,20 +41,29 @@ def print_summary(folders: Sequence[Path], new: int) -> None:
     title = f"{first['task']['name']}, {first['model']['name']}, {first['protocol']}"
     table = Table(title=title, title_justify="left")
     files = plugins.files("methods")
-    for name in ("method", "trust", "budget", "n", "bytes held", "of full", *(title for title, _ in COLUMNS.values())):
-        table.add_column(name, justify="left" if name in ("method", "trust") else "right")
+    rows = []
     for folder in folders:
         header, records = read_cell(folder)
-        held, full = mean(records, "bytes_held"), mean(records, "bytes_full")
         file = files.get(header["identity"]["method"]["name"])  # None: another folder's plugin
-        trust = plugins.about(file).traits.get("trust", "") if file else ""
-        row = [header["label"], trust, header["identity"]["budget"], str(len(records))]
-        row += [f"{held:,.0f}", f"{held / full:.4f}"] if held and full else ["", ""]
-        for field, (_, form) in COLUMNS.items():
+        row = {"method": header["label"], "trust": "", "budget of": ""}
+        if file:
+            row |= {"trust": plugins.about(file).traits.get("trust", ""), "budget of": axis(file)}
+        row |= {"budget": header["identity"]["budget"], "n": str(len(records))}
+        held, full = mean(records, "bytes_held"), mean(records, "bytes_full")
+        row |= {"bytes held": f"{held:,.0f}", "of full": f"{held / full:.4f}"} if held and full else {}
+        for field, (name, form) in COLUMNS.items():
             value = mean(records, field)
-            scaled = value / 2**20 if value is not None and field == "bytes_shared" else value
-            row.append("" if scaled is None else form.format(scaled))
-        table.add_row(*row)
+            scaled = value / 2**20 if value is not None and field.startswith("bytes") else value
+            if scaled or field not in ("bytes_shared", "bytes_moved"):
+                row[name] = "" if scaled is None else form.format(scaled)
+        rows.append(row)
+    left = ("method", "trust", "budget of")
+    every = (*left, "budget", "n", "bytes held", "of full", *(name for name, _ in COLUMNS.values()))
+    names = [name for name in every if any(row.get(name) for row in rows)]
+    for name in names:
+        table.add_column(name, justify="left" if name in left else "right")
+    for row in rows:
+        table.add_row(*(row.get(name, "") for name in names))
     console = Console()
     if not console.is_terminal:
         console.width = 160
