@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,19 +19,32 @@ from kvbench.cache.fork import Fork
 from kvbench.cache.hf import Network
 from kvbench.cache.packed import CompressedCache
 from kvbench.decode import feed
-from kvbench.method import Axis, Method
+from kvbench.method import Axis, Base, Method
 from kvbench.model import Model
 from kvbench.plan import EVICTED, Infeasible, Plan, shrink
 from kvbench.prefill import Reader, Seen, read_exactly
 
 TOKENS, NEW = 200, 7
 BUDGETS = ["0.05", "0.1", "0.25", "0.5", "0.77", "1"]
-METHODS = list(plugins.files("methods"))
+METHODS = {name: plugins.build_method(name) for name in plugins.files("methods")}
+# Methods that also act while decoding are tried both ways.
+DECODING = {
+    f"{name}-decode": replace(method, decode=True) for name, method in METHODS.items() if hasattr(method, "decode")
+}
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=METHODS | DECODING)
 def method(request: pytest.FixtureRequest) -> Method:
-    return plugins.build_method(request.param)
+    return (METHODS | DECODING)[request.param]
+
+
+def acts_in_time(method: Method) -> bool:
+    return method.steps or method.selects
+
+
+def grows(method: Method) -> bool:
+    """Whether budget 1 is the full cache for good: a cap on what is held does not grow with the answer."""
+    return not method.steps or method.budget_base is Base.seen
 
 
 def see(method: Method, model: Model, tokens: int = TOKENS, chunk: int = 65536) -> Seen:
@@ -57,17 +71,35 @@ def smallest(method: Method, seen: Seen, budget: str) -> int:
     return 0
 
 
+def near(method: Method, seen: Seen, budget: str) -> str:
+    """A budget; or the smallest that is feasible, of a method whose sizes or whose index don't reach down to it."""
+    least = smallest(method, seen, budget) if method.fixed_rate or acts_in_time(method) else 0
+    full = seen.network.row_bytes() * len(seen.token_ids)
+    return f"{math.ceil(1e4 * least / full) / 1e4:g}" if least else budget
+
+
 def pack_near(method: Method, seen: Seen, budget: str) -> CompressedCache:
-    """Packs at a budget; where a fixed rate does not reach down to it, at the smallest plan."""
-    least = smallest(method, seen, budget) if method.fixed_rate else 0
-    return pack(method, seen, f"{least}B" if least else budget)
+    return pack(method, seen, near(method, seen, budget))
 
 
 def plan_near(method: Method, seen: Seen, budget: str) -> Plan:
     """What `pack_near` packs."""
-    least = smallest(method, seen, budget) if method.fixed_rate else 0
     full = seen.network.row_bytes() * len(seen.token_ids)
-    return method.plan(seen, Budget.parse(f"{least}B" if least else budget).allow(full, len(seen.token_ids)))
+    return method.plan(seen, Budget.parse(near(method, seen, budget)).allow(full, len(seen.token_ids)))
+
+
+def limit_of(budget: str, network: Network, tokens: int = TOKENS) -> int:
+    return Budget.parse(budget).allow(network.row_bytes() * tokens, tokens).limit
+
+
+@torch.inference_mode()
+def spent(method: Method, cache: CompressedCache, network: Network) -> int:
+    """The bytes that a budget bounds; of those read, by the first token after the context."""
+    if method.axis is not Axis.READ:
+        return cache.nbytes
+    fork = Fork(cache, method)
+    feed(network, [fork], ids_of(network, 1)[None])
+    return int(fork.usage.read[0])
 
 
 def alike(first: CompressedCache, second: CompressedCache) -> bool:
@@ -82,14 +114,25 @@ class TestEveryMethod:
     def test_holds_what_it_planned_within_the_budget(self, method: Method, tiny: Model, budget: str) -> None:
         seen = see(method, tiny)
         cache = pack_near(method, seen, budget)
-        limit = float(budget) * tiny.network.row_bytes() * TOKENS
-        if method.fixed_rate:
-            limit = max(limit, smallest(method, seen, budget))
+        limit = limit_of(near(method, seen, budget), tiny.network)
         assert cache.nbytes == cache.planned.held  # measured = predicted
-        if method.budgeted and method.axis is Axis.HELD:
-            assert cache.nbytes <= limit
-            if not method.fixed_rate:  # filled to within two rows per layer and head, and the metadata of one of them
-                assert cache.nbytes > limit - 2 * tiny.network.row_bytes() - 600
+        if method.budgeted:
+            row = tiny.network.row_bytes()
+            assert spent(method, cache, tiny.network) <= limit + (row if method.axis is Axis.READ else 0)
+            # Filled to within two rows per layer and head, and the metadata of one of them.
+            assert method.fixed_rate or acts_in_time(method) or cache.nbytes > limit - 2 * row - 600
+
+    @pytest.mark.parametrize("budget", ["0.2", "0.5", "1"])
+    def test_the_budget_holds_at_every_step(self, method: Method, tiny: Model, budget: str) -> None:
+        if not acts_in_time(method):
+            pytest.skip("does not act in time: what comes after the context is exact, outside of the budget")
+        seen, network = see(method, tiny), tiny.network
+        budget = near(method, seen, budget)
+        fork = Fork(pack(method, seen, budget), method)
+        with torch.inference_mode():
+            feed(network, [fork], ids_of(network, 60, seed=9)[None])
+        for i, used in enumerate(fork.usage.read if method.axis is Axis.READ else fork.usage.held):
+            assert int(used) <= limit_of(budget, network, TOKENS + (i + 1 if method.budget_base is Base.seen else 0))
 
     @pytest.mark.parametrize("tokens", [8, 33, 100])
     def test_short_contexts_neither_crash_nor_go_over(self, method: Method, tiny: Model, tokens: int) -> None:
@@ -100,11 +143,13 @@ class TestEveryMethod:
             if limit <= full:
                 cache = pack(method, seen, f"{limit}B")
                 assert cache.nbytes == cache.planned.held
-                if method.budgeted and method.axis is Axis.HELD:
+                if method.budgeted and method.axis is not Axis.READ:
                     assert cache.nbytes <= limit
-        assert pack(method, seen, "1").nbytes == full
+        assert pack(method, seen, "1").nbytes == full or not grows(method)
 
     def test_budget_1_is_the_full_cache(self, method: Method, tiny: Model) -> None:
+        if not grows(method):
+            pytest.skip("never holds more than the context did: what comes after it takes some of its place")
         seen = see(method, tiny)
         cache = pack(method, seen, "1")
         new = ids_of(tiny.network, NEW, seed=2)[None]
@@ -121,7 +166,7 @@ class TestEveryMethod:
         torch.rand(3)
         assert alike(cache, pack_near(method, see(method, tiny), "0.25"))
         if not method.own_prefill:
-            every = {need for name in METHODS for need in plugins.build_method(name).needs}
+            every = {need for other in METHODS.values() for need in other.needs}
             company = read_exactly(tiny.network, ids_of(tiny.network, TOKENS), every, "c")
             company = replace(company, artefacts=see(method, tiny).artefacts)
             assert alike(cache, pack_near(method, company, "0.25"))
@@ -183,11 +228,10 @@ class TestEveryMethod:
         assert network.row_bytes() * 2 == tiny.network.row_bytes()
         seen = see(method, half)
         assert seen.layers[0].key.dtype == torch.bfloat16
-        limit = max(int(0.25 * network.row_bytes() * TOKENS), smallest(method, seen, "0.25"))
-        cache = pack(method, seen, f"{limit}B")
+        cache = pack_near(method, seen, "0.25")
         assert cache.nbytes == cache.planned.held
-        if method.budgeted and method.axis is Axis.HELD:
-            assert cache.nbytes <= limit
+        if method.budgeted and method.axis is not Axis.READ:
+            assert cache.nbytes <= limit_of(near(method, seen, "0.25"), network)
         with torch.inference_mode():
             assert feed(network, [Fork(cache, method)], ids_of(network, NEW)[None]).isfinite().all()
 
@@ -195,7 +239,7 @@ class TestEveryMethod:
         seen = see(method, tiny)
         for budget in ("0.9r", "20tok"):
             cache = pack(method, seen, budget)
-            if method.budgeted:
+            if method.budgeted and method.axis is Axis.HELD:
                 assert cache.planned.payload <= 20 * tiny.network.row_bytes()
 
     def test_refuses_with_the_smallest_plan(self, method: Method, tiny: Model) -> None:
@@ -205,7 +249,8 @@ class TestEveryMethod:
         with pytest.raises(Infeasible) as refused:
             pack(method, seen, "1B")
         cache = pack(method, seen, f"{refused.value.smallest}B")
-        assert 0 < cache.nbytes <= refused.value.smallest
+        row = tiny.network.row_bytes() if method.axis is Axis.READ else 0  # a token's own
+        assert 0 < spent(method, cache, tiny.network) <= refused.value.smallest + row
 
     def test_docstring_says_where_it_comes_from(self, method: Method) -> None:
         doc = " ".join((type(method).__doc__ or "").split())
