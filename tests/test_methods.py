@@ -157,7 +157,7 @@ class TestEveryMethod:
         with torch.inference_mode():
             expected = feed(tiny.network, [full], new)
             found = feed(tiny.network, [Fork(cache, method)], new)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
         assert cache.nbytes == tiny.network.row_bytes() * TOKENS
 
     def test_same_seed_same_plan_in_any_company(self, method: Method, tiny: Model) -> None:
