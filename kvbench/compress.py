@@ -37,6 +37,7 @@ class Compressor:
         try:
             if isinstance(context, Reader):
                 cache = method.prefill(context, allowance)
+                context.close()
             else:
                 seen = replace(context, artefacts=self.artefacts)
                 cache = CompressedCache.pack(method.plan(seen, allowance), seen)

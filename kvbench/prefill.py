@@ -201,6 +201,7 @@ class Reader:
         self._peak = 0
         self._draft = 0.0
         self._started = network.passed
+        self._ended: int | None = None
 
     def embed(self) -> Float[Tensor, "tokens hidden"]:
         return self.network.embed(self.token_ids)
@@ -301,11 +302,16 @@ class Reader:
         self._draft += (draft.passed - before) / draft.layers
         self._started += self.network.passed - mine
 
+    def close(self) -> None:
+        """Ends the bill: what the network does from now on is for others."""
+        self._ended = self.network.passed
+
     @property
     def costs(self) -> Costs:
-        """Of all that was done since the reader was made."""
+        """Of all that the network was run for since the reader was made, until it was closed."""
         self.holds()
-        return Costs(self._peak, (self.network.passed - self._started) / self.network.layers, self._draft)
+        ended = self.network.passed if self._ended is None else self._ended
+        return Costs(self._peak, (ended - self._started) / self.network.layers, self._draft)
 
 
 class _Ahead:

@@ -36,6 +36,7 @@ class SpecKV(Method):
     family: ClassVar[Family] = Family.scorer
     trust: ClassVar[Trust] = Trust.parity
     query_aware: ClassVar[bool] = True
+    holds: ClassVar[str] = "exact tokens; by default an oracle's choice"
     own_prefill: ClassVar[bool] = True
 
     draft: str = SELF

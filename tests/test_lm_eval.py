@@ -235,8 +235,9 @@ def test_exact_match_can_be_one(folder, config, model, reference, tmp_path):
 # -- compressed --------------------------------------------------------------------------------------------------------
 
 
-def test_a_compressed_context_is_what_is_measured(folder, reference):
-    lm = kvbench_model(folder, method="streamingllm", budget=0.2)
+@pytest.mark.parametrize("method", ["streamingllm", "specpc"])  # specpc reads in its own way
+def test_a_compressed_context_is_what_is_measured(folder, reference, method):
+    lm = kvbench_model(folder, method=method, budget=0.2)
     found = stock(folder, lm, ["tiny_free", "tiny_choice"], num_fewshot=1)
     about = found["config"]["kvbench"]
     assert 0 < about["bytes_held"] <= 0.2 * about["bytes_full"]
