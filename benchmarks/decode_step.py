@@ -130,12 +130,16 @@ def serve(methods: Sequence[str], tokens: int, budget: str) -> None:
     from kvbench.budget import Budget
     from kvbench.cache.fork import Fork
     from kvbench.cell import Cell, ModelConfig
-    from kvbench.compress import Compressor
     from kvbench.config import build_plugin
     from kvbench.decode import feed
     from kvbench.errors import UsageError
     from kvbench.model import load_model
     from kvbench.prefill import read_exactly
+
+    try:
+        from kvbench.compressor import Compressor
+    except ImportError:  # an older checkout
+        from kvbench.compress import Compressor
 
     torch.set_num_threads(1)
     model = load_model(ModelConfig("smollm2-135m-q4_1", "embedded:smollm2-135m-q4_1", device="cpu"))

@@ -120,7 +120,7 @@ def by_method(methods: Sequence[str], tokens: Sequence[int], each: int, threads:
 
     from kvbench.budget import Budget
     from kvbench.cell import Cell, ModelConfig
-    from kvbench.compress import Compressor
+    from kvbench.compressor import Compressor
     from kvbench.config import build_plugin
     from kvbench.model import load_model
     from kvbench.prefill import read_exactly

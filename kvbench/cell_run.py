@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from kvbench.answer import Unit
 from kvbench.cell import Cell, Settings
-from kvbench.compress import Compressor
+from kvbench.compressor import Compressor
 from kvbench.errors import UsageError
 from kvbench.method import Method
 from kvbench.model import Model

@@ -26,9 +26,9 @@ def run_group(jobs: Sequence[Words]) -> int:
     def run() -> int:
         configs: list[Node] = []
         for words in jobs:
-            compose(list(words), lambda found, tell: configs.extend(found))
+            compose(list(words), lambda found, tell, **launcher: configs.extend(found))
         runs = [convert(config) for config in configs]
-        from kvbench.evaluate import run_cells  # imports torch, as the methods did
+        from kvbench.loop import run_cells  # imports torch, as the methods did
 
         run_cells([run.cell for run in runs], runs[0].settings, alone=False)
         return 0

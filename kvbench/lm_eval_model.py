@@ -36,7 +36,7 @@ from kvbench.answer import ended_by
 from kvbench.cache.fork import Fork
 from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell
-from kvbench.compress import Compressor
+from kvbench.compressor import Compressor
 from kvbench.config import convert, register
 from kvbench.decode import feed, greedy
 from kvbench.errors import UsageError

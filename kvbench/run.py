@@ -59,7 +59,7 @@ from kvbench.store import is_done
 
 BAD_INPUT = (UsageError, HydraException, OmegaConfBaseException)
 Tell = Callable[[Exception], None]
-Action = Callable[[Sequence[Node], Tell], None]
+Action = Callable[..., object]
 
 
 class NotDone(Exception):
@@ -73,7 +73,8 @@ class Terminated(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None, action: Action | None = None) -> int:
     """Runs the command line `argv`; returns the exit code. Bad input is one line on stderr and 2.
 
-    `action` takes the jobs' composed configurations, and whom to tell of bad ones; without it the jobs' cells are run.
+    `action` takes the composed configurations, whom to tell of bad ones, and in a sweep the launcher's keywords;
+    without it the jobs' cells are run (`start`).
     """
     return guarded(lambda: compose(list(sys.argv[1:] if argv is None else argv), action))
 
@@ -135,10 +136,7 @@ def compose(argv: list[str], action: Action | None) -> int:
         code = max(code, 1 if isinstance(error, NotDone) else 2)
 
     def job(*configs: Node, **launcher: Any) -> None:  # a launcher gives all of a sweep, and how to run it
-        if action:
-            action(configs, tell)
-        else:
-            start(configs, tell, **launcher)
+        (action or start)(configs, tell, **launcher)
 
     register()
     run = hydra.main(config_path=str(conf_folder().absolute()), config_name="config", version_base="1.3")(job)
@@ -158,8 +156,8 @@ def start(
     tell: Tell,
     words: Sequence[Sequence[str]] = (),
     elsewhere: Callable[..., None] | None = None,
-) -> None:
-    """Turns composed configurations into cells, and runs them in groups that share every prefill.
+) -> list[Run]:
+    """Turns composed configurations into cells, and runs them in groups that share every prefill; returns them.
 
     What is wrong with one of them is told, and the others go on. `elsewhere` runs groups in other processes, given
     the `words` of each of their cells.
@@ -180,7 +178,7 @@ def start(
             if folders:
                 print_summary(folders, new=len(waiting))
     else:
-        from kvbench.evaluate import run_cells  # imports torch, as the methods did
+        from kvbench.loop import run_cells  # imports torch, as the methods did
 
         for group in groups:
             try:
@@ -191,6 +189,7 @@ def start(
     if left and len(configs) > 1:
         look = f"python -m kvbench.status results={left[0].settings.results}"
         tell(NotDone(f"{len(left)} of {sum(map(len, groups))} cells are not done: {look}"))
+    return list(runs.values())
 
 
 def _is_done(run: Run) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kvbench import evaluate, plugins
+from kvbench import loop, plugins
 from kvbench.answer import ended_by, units
 from kvbench.budget import Budget
 from kvbench.cell import Cell, ModelConfig, Settings
@@ -50,7 +50,7 @@ class Talk(Task):
 
 @pytest.fixture(autouse=True)
 def _tiny(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "load_model", lambda config: tiny)
+    monkeypatch.setattr(loop, "load_model", lambda config: tiny)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def stock(tiny: Model) -> Any:
 
 def records(task: Talk, results: Path, method: str = "full", protocol: str = "blind") -> dict[str, dict[str, Any]]:
     cell = Cell(CONFIG, plugins.build_method(method), Budget.parse("0.5"), task, protocol)
-    evaluate.run_cells([cell], Settings(results))
+    loop.run_cells([cell], Settings(results))
     return {record["id"]: record for record in read_cell(cell.folder(results))[1]}
 
 

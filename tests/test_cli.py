@@ -124,7 +124,7 @@ def failing(ran: list[Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseEx
             if cells[0].method.window == 3:
                 raise error
 
-        monkeypatch.setattr(sys.modules["kvbench.evaluate"], "run_cells", run_cells)
+        monkeypatch.setattr(sys.modules["kvbench.loop"], "run_cells", run_cells)
         return ran
 
     return use

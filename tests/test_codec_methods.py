@@ -27,7 +27,7 @@ from kvbench.cache.fork import Fork
 from kvbench.cache.layout import Layout
 from kvbench.cache.packed import CompressedCache, nbytes
 from kvbench.cache.rope import unrotate
-from kvbench.compress import tier_rows
+from kvbench.compressor import tier_rows
 from kvbench.decode import feed
 from kvbench.errors import UsageError
 from kvbench.method import Method

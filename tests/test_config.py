@@ -97,9 +97,9 @@ def plugin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 def ran(plugin_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The arguments of each call of `run_cells`, which does nothing here. The working folder is empty."""
     calls: list[tuple[Any, ...]] = []
-    fake = types.ModuleType("kvbench.evaluate")
+    fake = types.ModuleType("kvbench.loop")
     monkeypatch.setattr(fake, "run_cells", lambda *arguments, alone: calls.append(arguments), raising=False)
-    monkeypatch.setitem(sys.modules, "kvbench.evaluate", fake)
+    monkeypatch.setitem(sys.modules, "kvbench.loop", fake)
     monkeypatch.setattr(run, "is_done", lambda *_: True)  # or a sweep says that its cells are not
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets both: undone after the test
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

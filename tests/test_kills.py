@@ -171,7 +171,7 @@ def test_the_same_sweep_again_runs_what_is_missing(
 if __name__ == "__main__":
     import torch
 
-    import kvbench.evaluate  # noqa: F401  with torch and transformers: what a fork then has already
+    import kvbench.loop  # noqa: F401  with torch and transformers: what a fork then has already
 
     torch.set_num_threads(1)
     what, folder_, *words_ = sys.argv[1:]

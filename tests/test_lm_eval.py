@@ -15,7 +15,7 @@ from conftest import byte_tokenizer, tiny_network
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kvbench[lm-eval]'")
 
-from kvbench import evaluate, plugins
+from kvbench import loop, plugins
 from kvbench.budget import Budget
 from kvbench.cell import Cell, ModelConfig, Settings
 from kvbench.errors import UsageError
@@ -156,7 +156,7 @@ def task(folder: Path, name: str, **options: Any) -> Any:
 def records(made: Any, config: ModelConfig, results: Path, method: str = "full", budget: str = "1") -> Any:
     """Runs a task in our loop; its records in order."""
     cell = Cell(config, plugins.build_method(method), Budget.parse(budget), made)
-    evaluate.run_cells([cell], Settings(results))
+    loop.run_cells([cell], Settings(results))
     return read_cell(cell.folder(results))[1]
 
 
@@ -251,7 +251,7 @@ def test_our_model_and_our_loop_agree_when_compressed(folder, config, tmp_path):
     """Under `aware` both compress a prompt but for its last token."""
     made = task(folder, "tiny_choice", shots=1)
     cell = Cell(config, plugins.build_method("snapkv", window=8), Budget.parse("0.3"), made, protocol="aware")
-    evaluate.run_cells([cell], Settings(tmp_path))
+    loop.run_cells([cell], Settings(tmp_path))
     lm = kvbench_model(folder, method="snapkv", budget=0.3, **{"method.window": 8})
     found = samples(stock(folder, lm, ["tiny_choice"], num_fewshot=1), "tiny_choice")
     for record, sample in zip(read_cell(cell.folder(tmp_path))[1], found, strict=True):
@@ -262,8 +262,8 @@ def test_cells_in_company_score_what_one_of_them_has_drawn(folder, config, tmp_p
     made = [task(folder, "tiny_choice", shots=1) for _ in range(2)]
     methods = (plugins.build_method("full"), plugins.build_method("streamingllm"))
     cells = [Cell(config, method, Budget.parse("0.2"), own) for method, own in zip(methods, made, strict=True)]
-    evaluate.run_cells(cells, Settings(tmp_path, 2))
-    evaluate.run_cells(cells, Settings(tmp_path))  # goes on
+    loop.run_cells(cells, Settings(tmp_path, 2))
+    loop.run_cells(cells, Settings(tmp_path))  # goes on
     alone = records(task(folder, "tiny_choice", shots=1), config, tmp_path / "alone", "streamingllm", "0.2")
     found = read_cell(cells[1].folder(tmp_path))[1]
     assert [record["choice_logprobs"] for record in found] == [record["choice_logprobs"] for record in alone]

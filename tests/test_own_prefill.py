@@ -15,14 +15,14 @@ from conftest import byte_tokenizer, ids_of, tiny_network
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kvbench import evaluate, plugins
+from kvbench import loop, plugins
 from kvbench.artefact import Calibration
 from kvbench.budget import Allowance, Budget
 from kvbench.cache.fork import Fork
 from kvbench.cache.hf import Network
 from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell, ModelConfig, Settings
-from kvbench.compress import Compressor
+from kvbench.compressor import Compressor
 from kvbench.decode import feed
 from kvbench.errors import UsageError
 from kvbench.method import Method
@@ -490,15 +490,15 @@ def records(one: Cell, results: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def _tiny_is_the_model(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "load_model", lambda config: tiny)
+    monkeypatch.setattr(loop, "load_model", lambda config: tiny)
 
 
 @pytest.mark.usefixtures("_tiny_is_the_model")
 def test_cells_in_one_sweep_are_the_cells_alone(tmp_path: Path) -> None:
     company = [*map(cell, OWN), cell("specpc", "0.6"), cell("snapkv", window=8), cell("full")]
-    evaluate.run_cells(company, Settings(tmp_path / "company"))
+    loop.run_cells(company, Settings(tmp_path / "company"))
     for one in company:
-        evaluate.run_cells([one], Settings(tmp_path / "alone"))
+        loop.run_cells([one], Settings(tmp_path / "alone"))
         assert len(records(one, tmp_path / "alone")) == 4
         assert records(one, tmp_path / "company") == records(one, tmp_path / "alone")
 
@@ -506,7 +506,7 @@ def test_cells_in_one_sweep_are_the_cells_alone(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_tiny_is_the_model")
 def test_records_say_what_reading_cost(tiny: Model, tmp_path: Path) -> None:
     company = [*map(cell, OWN), cell("snapkv", window=8), cell("kvzip"), cell("full")]
-    evaluate.run_cells(company, Settings(tmp_path, timed=1))
+    loop.run_cells(company, Settings(tmp_path, timed=1))
     row = tiny.network.row_bytes()
     for one in company:
         for record in records(one, tmp_path):

@@ -26,7 +26,7 @@ from kvbench.cell import Cell, ModelConfig, Settings
 from kvbench.config import build_plugin
 from kvbench.decode import feed, greedy
 from kvbench.errors import UsageError
-from kvbench.evaluate import run_cells
+from kvbench.loop import run_cells
 from kvbench.model import Model, load_model
 from kvbench.prefill import read_exactly
 from kvbench.store import read_cell
@@ -108,7 +108,7 @@ def test_budget_1_reproduces_stock_transformers(model: Model) -> None:
 
 def test_the_needle_is_found_and_lost(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The full cache finds it at 1k; without the middle of the context its number can only be guessed."""
-    monkeypatch.setattr("kvbench.evaluate.load_model", lambda config: model)
+    monkeypatch.setattr("kvbench.loop.load_model", lambda config: model)
     # Not near an end, which is what StreamingLLM keeps.
     task = niah(context=1024, max_new_tokens=16, depths=[0.3, 0.6])
     cells = [Cell(CONFIG, plugins.build_method(m), Budget.parse("0.05"), task) for m in ("full", "streamingllm")]

@@ -11,7 +11,7 @@ from kvbench.answer import Unit, ask_full, units
 from kvbench.cache.fork import Fork
 from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell
-from kvbench.compress import Compressor
+from kvbench.compressor import Compressor
 from kvbench.decode import follow
 from kvbench.model import Model
 from kvbench.plan import Infeasible, keep_all

@@ -22,7 +22,7 @@ from conftest import byte_tokenizer, tiny_network
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kvbench import evaluate, plugins
+from kvbench import loop, plugins
 from kvbench.budget import Budget
 from kvbench.cache.hf import Network
 from kvbench.cell import Cell, ModelConfig, Settings
@@ -79,7 +79,7 @@ def cell(method: str = "snapkv", budget: str = "0.3", task: Toy | None = None, *
 
 def run(cells: Cell | Sequence[Cell], results: Path, limit: int | None = None, redo: bool = False) -> None:
     cells = [cells] if isinstance(cells, Cell) else cells
-    evaluate.run_cells(cells, Settings(results, limit, redo))
+    loop.run_cells(cells, Settings(results, limit, redo))
 
 
 def records(one: Cell, results: Path) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def tiny(tiny: Model) -> Model:
 
 @pytest.fixture(autouse=True)
 def _tiny_is_the_model(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "load_model", lambda config: tiny)
+    monkeypatch.setattr(loop, "load_model", lambda config: tiny)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def undisturbed(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> list[d
     """The records of `cell()`, all 8."""
     results = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "load_model", lambda config: tiny)
+        patch.setattr(loop, "load_model", lambda config: tiny)
         run(cell(), results)
     return records(cell(), results)
 
@@ -265,7 +265,7 @@ def test_the_first_examples_are_timed_alone_and_no_record_changes(
     undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     company = [cell(), cell("streamingllm", "0.5"), cell("full")]
-    evaluate.run_cells(company, Settings(tmp_path, timed=3))
+    loop.run_cells(company, Settings(tmp_path, timed=3))
     lines = (company[0].folder(tmp_path) / "examples.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == undisturbed
     defined = set(re.findall(r"`(\w+)`", (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()))
@@ -294,14 +294,14 @@ def test_timing_is_continued_and_added_to_finished_cells(
     stop = Stop(monkeypatch, CellStore, "append_timing")
     stop.at = 2
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run_cells([cell()], Settings(tmp_path, timed=2))
+        loop.run_cells([cell()], Settings(tmp_path, timed=2))
     stop.at = 0
     assert header(cell(), tmp_path)["status"] == "running"
-    evaluate.run_cells([cell()], Settings(tmp_path, timed=2))
+    loop.run_cells([cell()], Settings(tmp_path, timed=2))
     assert [record["segment"] for record in timing(cell(), tmp_path)] == [1, 2]
     assert header(cell(), tmp_path)["status"] == "done"
-    monkeypatch.setattr(evaluate, "load_model", refuse_to_load)
-    evaluate.run_cells([cell()], Settings(tmp_path, timed=2))  # nothing to do
+    monkeypatch.setattr(loop, "load_model", refuse_to_load)
+    loop.run_cells([cell()], Settings(tmp_path, timed=2))  # nothing to do
     assert [{k: v for k, v in r.items() if k not in TIMES} for r in records(cell(), tmp_path)] == undisturbed
 
 
@@ -396,7 +396,7 @@ def killed(results: str, at: int) -> None:
     """Runs `cell()` in a process that is killed while example number `at` is scored."""
     tokenizer = byte_tokenizer()
     tiny = Model(CONFIG, tiny_network(), Writer(tokenizer), frozenset({tokenizer.eos_token_id}), FACTS)
-    evaluate.load_model = lambda config: tiny
+    loop.load_model = lambda config: tiny
     score, calls = Toy.score, count(1)
 
     def deadly(self: Toy, example: Example, answer: str) -> float:
@@ -411,7 +411,7 @@ def killed(results: str, at: int) -> None:
 def test_a_killed_process_is_continued_to_the_same_records(
     undisturbed: list[dict[str, Any]], tmp_path: Path, tiny: Model
 ) -> None:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_evaluate as t; "
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_loop as t; "
     command = [sys.executable, "-c", code + f"t.killed({str(tmp_path)!r}, 6)"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -444,7 +444,7 @@ def test_a_larger_limit_continues(
 def test_a_limit_beyond_the_task_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(cell(), tmp_path, limit=100)
     assert header(cell(), tmp_path)["exhausted"]
-    monkeypatch.setattr(evaluate, "load_model", refuse_to_load)
+    monkeypatch.setattr(loop, "load_model", refuse_to_load)
     run(cell(), tmp_path, limit=1000)
     run(cell(), tmp_path)
 
@@ -463,7 +463,7 @@ def test_a_finished_cell_is_run_again_only_if_asked(
     run(cell(), tmp_path, limit)
     before = {path: path.read_bytes() for path in written(tmp_path)}
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "load_model", refuse_to_load)
+        patch.setattr(loop, "load_model", refuse_to_load)
         run(cell(), tmp_path, limit)
         run(cell(), tmp_path, 2)  # a smaller limit takes nothing away
         assert {path: path.read_bytes() for path in written(tmp_path)} == before
@@ -504,7 +504,7 @@ def test_a_context_that_just_fits_is_read(tiny: Model, tmp_path: Path) -> None:
     network = tiny_network(max_position_embeddings=160)
     short = replace(tiny, network=network)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "load_model", lambda config: short)
+        patch.setattr(loop, "load_model", lambda config: short)
         just = cell(task=Toy(1, length=160 - around(tiny)))
         run(just, tmp_path)
         assert len(records(just, tmp_path)) == 2
@@ -517,7 +517,7 @@ def test_a_header_of_another_version_is_refused_before_a_model_is_loaded(
     file = cell().folder(tmp_path) / "header.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
     before = {path: path.read_bytes() for path in written(tmp_path)}
-    monkeypatch.setattr(evaluate, "load_model", refuse_to_load)
+    monkeypatch.setattr(loop, "load_model", refuse_to_load)
     for limit in (2, None):
         with pytest.raises(UsageError, match="has format 99"):
             run(cell(), tmp_path, limit)
@@ -527,7 +527,7 @@ def test_a_header_of_another_version_is_refused_before_a_model_is_loaded(
 def test_other_weights_do_not_continue_a_cell(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(cell(), tmp_path, limit=2)
     other = replace(tiny, facts=tiny.facts | {"weights": "random-1"})
-    monkeypatch.setattr(evaluate, "load_model", lambda config: other)
+    monkeypatch.setattr(loop, "load_model", lambda config: other)
     with pytest.raises(UsageError, match="begun with another model"):
         run(cell(), tmp_path)
     assert len(records(cell(), tmp_path)) == 2
@@ -548,7 +548,7 @@ def test_in_a_sweep_what_cant_be_run_is_marked_and_the_others_go_on(
         raise MemoryError("no room")
 
     monkeypatch.setattr(broken, "scores", out_of_memory)
-    evaluate.run_cells(company, Settings(tmp_path), alone=False)
+    loop.run_cells(company, Settings(tmp_path), alone=False)
     headers = [read_cell(c.folder(tmp_path))[0] for c in company]
     assert [header["status"] for header in headers] == ["infeasible", "failed", "done"]
     assert "smallest plan of snapkv" in headers[0]["reason"]
@@ -561,6 +561,6 @@ def test_in_a_sweep_another_processs_cell_is_told_and_the_others_go_on(
 ) -> None:
     company = [cell("random", "0.4"), cell("streamingllm", "0.4")]
     with CellStore.open(company[0], tmp_path, {}, None):  # as another process would hold it
-        evaluate.run_cells(company, Settings(tmp_path), alone=False)
+        loop.run_cells(company, Settings(tmp_path), alone=False)
     assert "another process is writing" in capsys.readouterr().err
     assert [header(c, tmp_path)["status"] for c in company] == ["running", "done"]
