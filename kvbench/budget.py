@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,14 +20,21 @@ class Allowance:
 
     `limit` is in bytes. A true budget (`nominal=False`) bounds everything held: payload and metadata. A nominal one
     bounds the payload alone: it stands for "as many bytes as this many exact tokens", the way papers count.
+    Where a share is one of all tokens seen so far (`Base.seen`), it grows while decoding: see `at`.
     """
 
     limit: int
     nominal: bool = False
+    tokens: int = 0  # of the context
+    per_token: Fraction = Fraction(0)  # bytes by which a share grows with each token after it
 
     def charged(self, payload: int, metadata: int) -> int:
         """What of a plan's bytes counts against `limit`."""
         return payload if self.nominal else payload + metadata
+
+    def at(self, tokens: int) -> int:
+        """The limit once so many tokens have been seen, where the budget's base is all of them."""
+        return self.limit + math.floor(self.per_token * (tokens - self.tokens))
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class Budget:
         if self.unit == "B":
             return Allowance(int(self.amount))
         if self.unit == "":
-            return Allowance(int(self.amount * full_bytes))
-        kept = int(self.amount) if self.unit == "tok" else tokens - int(self.amount * tokens)
-        return Allowance(full_bytes // tokens * min(kept, tokens), nominal=True)
+            return Allowance(int(self.amount * full_bytes), False, tokens, self.amount * full_bytes / tokens)
+        row = full_bytes // tokens
+        if self.unit == "tok":
+            return Allowance(row * min(int(self.amount), tokens), nominal=True)
+        return Allowance(row * (tokens - int(self.amount * tokens)), True, tokens, row * (1 - self.amount))

@@ -79,6 +79,7 @@ class Family(enum.Enum):
     router = "routes tokens among tiers"
     merging = "merges tokens"
     pattern = "keeps positions, whatever they hold"
+    retrieval = "reads the part of the cache that a query asks for"
 
 
 class Method:
@@ -99,7 +100,8 @@ class Method:
     holds: ClassVar[str] = "exact tokens"
     #: Of `scores`. A router that adds scores up wants `mass`; others reach it through `routers.as_mass`.
     scale: ClassVar[Scale] = Scale.rank
-    #: Comes in a few sizes and takes the largest that fits; others fill the budget to within a row per KV head.
+    #: Comes in a few sizes and takes the largest that fits, or needs some room for what is no row; others fill the
+    #: budget to within a row per KV head.
     fixed_rate: ClassVar[bool] = False
     #: `prefill` replaces the shared one, and `plan` with it.
     own_prefill: ClassVar[bool] = False
@@ -109,7 +111,7 @@ class Method:
     selects: ClassVar[bool] = False
     #: Of methods that step or select: the budget holds at every step, as a share of this.
     budget_base: ClassVar[Base] = Base.context
-    #: Contiguous positions ask for plans that hold the original ones, and for tokens one at a time.
+    #: Contiguous positions ask for plans that keep every token or hold positions, and for tokens one at a time.
     positions: ClassVar[Positions] = Positions.original
 
     @property

@@ -37,7 +37,7 @@ class Event:
     query: Float[Tensor, "heads new dim"]
     key: Float[Tensor, "kv_heads slots dim"]
     value: Float[Tensor, "kv_heads slots dim"]
-    position: Int[Tensor, "kv_heads slots"] | None  # where the plan holds positions; -1 in empty slots
+    position: Int[Tensor, "kv_heads slots"] | None  # where every token is there, or positions held; -1 in empty slots
     token_ids: Int[Tensor, " new"]
     context: int
     seen: int  # tokens read so far, the new ones included
@@ -273,7 +273,8 @@ class ForkLayer:
 
     def _positions(self) -> Int[Tensor, "kv_heads slots"] | None:
         if self._position is None:
-            return None
+            every = self.context == self.tail_start and len(self.packed.slabs) == 1 and self._bias is None
+            return torch.arange(self.length, device=self._key.device).expand(len(self._key), -1) if every else None
         return torch.cat([self._position, self._tail_positions().expand(len(self._position), -1)], 1)
 
     def _tail_positions(self) -> Int[Tensor, " tail"]:
