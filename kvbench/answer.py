@@ -157,7 +157,7 @@ def answers(
             forks[i], firsts[i], branches = talks[i].ask(turn, continuations)
             logprobs = [_logprobs(branch) for branch in branches]
             records[i] = _fidelity(continuations[0], logprobs[0], full[example.id], logprobs[1])
-            records[i] |= {"bytes_tail": forks[i].tail_bytes} | _usage(branches[1].usage)
+            records[i] |= {"bytes_tail": forks[i].tail_bytes} | usage_fields(branches[1].usage)
             _check(asked[i], unit, forks[i], branches[1].usage, model.network.row_bytes())
             if example.choices:
                 records[i] |= _choose(asked[i].cell, example, continuations[2:], logprobs[2:])
@@ -205,8 +205,8 @@ def _logprobs(branch: Branch) -> Float[Tensor, "tokens vocabulary"]:
     return branch.logits.float().log_softmax(-1)
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
-    """What the cache held, read and moved per token, along the full cache's answer."""
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    """What the cache held, read and moved per token, by the names of docs/metrics.md."""
     read, moved = ([int(x) for x in part] for part in (usage.read, usage.moved))
     return {
         "bytes_decode": round(fmean(usage.held)),
@@ -236,10 +236,12 @@ def _fidelity(
     mine: Float[Tensor, "answer vocabulary"],
 ) -> dict[str, Any]:
     """NLL of the reference text; KL divergence and top-1 agreement to the full cache, along its greedy answer."""
+    agrees = full.logprobs.argmax(-1) == mine.argmax(-1)
     return {
         "answer_nll": -float(logprobs[range(len(target)), list(target)].mean()),
         "kl_full": float((full.logprobs.exp() * (full.logprobs - mine)).sum(-1).mean()),
-        "agree_full": float((full.logprobs.argmax(-1) == mine.argmax(-1)).float().mean()),
+        "agree_full": float(agrees.float().mean()),
+        "diverges_at": None if agrees.all() else int(agrees.int().argmin()),
         "tokens_target": len(target),
         "tokens_out_full": len(full.ids),
     }

@@ -34,8 +34,8 @@ from kvbench.task import Context, Example, Task
 
 CONFIG = ModelConfig(name="tiny", path="tiny", dtype="float32")
 FACTS = {"weights": "random-0", "device": "cpu", "torch_threads": torch.get_num_threads()}
-NAMES = """id context_id cluster_id score answer answer_nll kl_full agree_full bytes_held bytes_full bytes_budget
-bytes_payload bytes_metadata bytes_shared bytes_offloaded bytes_tail bytes_decode bytes_decode_peak bytes_read
+NAMES = """id context_id cluster_id score answer answer_nll kl_full agree_full diverges_at bytes_held bytes_full
+bytes_budget bytes_payload bytes_metadata bytes_shared bytes_offloaded bytes_tail bytes_decode bytes_decode_peak bytes_read
 bytes_moved length_shift tokens_context tokens_kept tokens_target tokens_out tokens_out_full
 tiers info"""
 
@@ -129,6 +129,7 @@ def test_a_record_has_every_name_that_scripts_rely_on(tiny: Model, tmp_path: Pat
     defined = set(re.findall(r"`(\w+)`", (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()))
     for record in found:
         assert set(NAMES.split()) <= set(record) <= defined
+        assert (record["diverges_at"] is None) == (record["agree_full"] == 1)
         assert record["id"].startswith(record["context_id"] + "-")
         assert record["cluster_id"] == f"document-{int(record['context_id'][-1]) % 3}"
         assert 0 <= record["score"] <= 1
@@ -254,7 +255,17 @@ def test_kl_agreement_and_nll_of_an_evicted_cache_by_hand(tiny: Model, tmp_path:
 
 # -- seconds and peak memory -------------------------------------------------------------------------------------------
 
-TIMES = {"prefill_s", "statistics_s", "compress_s", "ttft_s", "tpot_s", "bytes_peak", "segment"}
+TIMES = {
+    "prefill_s",
+    "statistics_s",
+    "compress_s",
+    "ttft_s",
+    "tpot_s",
+    "tpot_p95_s",
+    "total_s",
+    "bytes_peak",
+    "segment",
+} | {"bytes_compress_peak", "joules", "joules_token", "joules_note"}
 
 
 def timing(one: Cell, results: Path) -> list[dict[str, Any]]:

@@ -12,28 +12,34 @@ import torch
 class Peak:
     """`with peak: ...` leaves in `nbytes` the peak of CUDA's allocator, or of the whole process on a CPU.
 
-    `nbytes` is None where the system can't tell (a CPU without Linux's /proc).
+    `grown` is by how much that is more than what was in use at the beginning. Both are None where the system can't tell
+    (a CPU without Linux's /proc).
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.nbytes: int | None = None
+        self.grown: int | None = None
 
     def __enter__(self) -> Peak:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+            self._before: int | None = torch.cuda.memory_allocated(self._device)
         else:
             with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            self._before = _of_process("VmRSS")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self.nbytes = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _high_water()
+        cuda = self._device.type == "cuda"
+        self.nbytes = torch.cuda.max_memory_allocated(self._device) if cuda else _of_process("VmHWM")
+        self.grown = None if self.nbytes is None or self._before is None else max(self.nbytes - self._before, 0)
 
 
-def _high_water() -> int | None:
+def _of_process(what: str) -> int | None:
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{what}:"):
                 return int(line.split()[1]) * 1024
     return None

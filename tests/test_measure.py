@@ -1,0 +1,73 @@
+"""Joules and peaks: a fake GPU counter, and memory that is really taken."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvbench.measure.energy import Energy
+from kvbench.measure.memory import Peak
+
+
+class NVMLError(Exception):
+    pass
+
+
+def nvml(*readings: int | Exception) -> SimpleNamespace:
+    """A counter that gives `readings` in turn, in millijoules."""
+    left = list(readings)
+
+    def read(gpu: str) -> int:
+        assert gpu == "GPU-1234"
+        value = left.pop(0)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    return SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=read,
+    )
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    return torch.device("cuda:1")
+
+
+def test_joules_are_the_difference_of_the_boards_counter(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(1_000, 4_500))
+    with Energy(gpu) as energy:
+        pass
+    assert energy.joules == 3.5
+
+
+def test_what_nvml_refuses_is_not_measured(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(NVMLError("Not Supported"), 4_500))
+    with Energy(gpu) as energy:
+        pass
+    assert energy.joules is None
+    assert energy.why == "not measured: NVML says Not Supported"
+
+
+def test_a_cpu_has_no_joules() -> None:
+    with Energy(torch.device("cpu")) as energy:
+        pass
+    assert energy.joules is None
+    assert energy.why == "not measured: no NVIDIA GPU"
+
+
+def test_a_peak_sees_memory_that_is_gone_again() -> None:
+    size = 2**26
+    with Peak(torch.device("cpu")) as peak:
+        torch.ones(size, dtype=torch.uint8)
+    assert peak.nbytes is not None
+    assert peak.grown is not None
+    assert size * 0.9 < peak.grown < peak.nbytes
