@@ -35,8 +35,8 @@ from kvbench.task import Context, Example, Task
 CONFIG = ModelConfig(name="tiny", path="tiny", dtype="float32")
 FACTS = {"weights": "random-0", "device": "cpu", "torch_threads": torch.get_num_threads()}
 NAMES = """id context_id cluster_id score answer answer_nll kl_full agree_full diverges_at bytes_held bytes_full
-bytes_budget bytes_payload bytes_metadata bytes_shared bytes_offloaded bytes_tail bytes_decode bytes_decode_peak bytes_read
-bytes_moved length_shift tokens_context tokens_kept tokens_target tokens_out tokens_out_full
+bytes_budget bytes_payload bytes_metadata bytes_shared bytes_offloaded bytes_tail bytes_decode bytes_decode_peak
+bytes_read bytes_moved length_shift tokens_context tokens_kept tokens_target tokens_out tokens_out_full
 tiers info"""
 
 
