@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from kvbench.cell import Cell
 from kvbench.method import Axis
 from kvbench.model import Model
 from kvbench.plan import Infeasible
-from kvbench.prefill import Reader, Seen
+from kvbench.prefill import Reader, Seen, read_exactly
 
 
 class Compressor:
@@ -29,6 +30,13 @@ class Compressor:
         """What a method with an own prefill starts from, where others start from what `read_exactly` saw."""
         needs = self._cell.method.needs
         return Reader(self._model.network, ids, needs, context_id, self.artefacts, self._model)
+
+    def read(self, ids: Int[Tensor, " tokens"]) -> Seen | Reader:
+        """A context of no task's, ready to be compressed; what a method draws depends on its tokens."""
+        name, network = hashlib.sha256(str(ids.tolist()).encode()).hexdigest()[:16], self._model.network
+        if self._cell.method.own_prefill:
+            return self.reader(ids, name)
+        return read_exactly(network, ids, self._cell.method.needs, name, self._model.config.prefill_chunk)
 
     def compress(self, context: Seen | Reader) -> CompressedCache:
         """Plan and pack what was read; or read and pack in the method's own way. Raises Infeasible."""

@@ -18,14 +18,12 @@ tasks). Prompts longer than the model reads lose their beginning, as with `hf`. 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -37,13 +35,13 @@ from kvbench.cache.fork import Fork
 from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell
 from kvbench.compressor import Compressor
-from kvbench.config import convert, register
+from kvbench.config import convert
 from kvbench.decode import feed, greedy
 from kvbench.errors import UsageError
-from kvbench.list import conf_folder, user_conf_folder
 from kvbench.model import load_model
-from kvbench.prefill import Reader, read_exactly
-from kvbench.run import BAD_INPUT, check, one_line
+from kvbench.prefill import Reader
+from kvbench.run import BAD_INPUT, one_line
+from kvbench.sweep import composed
 
 _LOG = logging.getLogger(__name__)
 
@@ -170,14 +168,8 @@ class KVBench(TemplateLM):
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def _compress(self, ids: Sequence[int]) -> CompressedCache:
-        tokens, method = torch.tensor(ids, device=self._network.device), self._cell.method
-        # What a method draws depends on the context, not on how many were asked before.
-        name = hashlib.sha256(str(list(ids)).encode()).hexdigest()[:16]
-        if method.own_prefill:
-            cache = self._compressor.compress(self._compressor.reader(tokens, name))
-        else:
-            seen = read_exactly(self._network, tokens, method.needs, name, self._cell.model.prefill_chunk)
-            cache = self._compressor.compress(seen)
+        tokens = torch.tensor(ids, device=self._network.device)
+        cache = self._compressor.compress(self._compressor.read(tokens))
         self._contexts += 1
         self._held += cache.nbytes
         self._full += self._network.row_bytes() * len(ids)
@@ -212,20 +204,7 @@ class KVBench(TemplateLM):
 
 def _cell(settings: dict[str, Any]) -> Cell:
     """Settings as of the command line, as a cell; its task is never asked."""
-    overrides = [f"{name}={_written(value)}" for name, value in settings.items()]
-    check(overrides, sweep=False)
-    register()
-    if folder := user_conf_folder():
-        overrides.append(f"hydra.searchpath=[kvbench://plugins,{_written(f'file://{folder.absolute()}')}]")
-    with initialize_config_dir(str(conf_folder().absolute()), version_base="1.3"):
-        return convert(compose("config", overrides)).cell
-
-
-def _written(value: Any) -> str:
-    """A value as Hydra's command line has it."""
-    if not isinstance(value, str):
-        return "null" if value is None else str(value)
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return convert(composed(settings)).cell
 
 
 def main() -> int:

@@ -42,6 +42,16 @@ class Model:
 
 def load_model(config: ModelConfig) -> Model:
     """Raises UsageError when weights are missing or the architecture is not supported."""
+    model, tokenizer, facts = pretrained(config)
+    network = Network(model, getattr(torch, config.dtype))
+    # Tasks that cut long prompts ask the tokenizer, which may claim more than the model reads.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, network.max_positions)
+    writer = Writer(tokenizer, config.chat, config.template)
+    return Model(config, network, writer, end_ids(model) | {tokenizer.eos_token_id}, facts)
+
+
+def pretrained(config: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
+    """(transformers' model on its device, its tokenizer, the facts a header needs). Raises UsageError."""
     path, source = config.path, "hub"
     if path.startswith("embedded:"):
         path, source = str(fetch.embedded_model()), "embedded"
@@ -61,9 +71,6 @@ def load_model(config: ModelConfig) -> Model:
     except OSError as error:
         hint = f"fetch it with `hf download {path}` or set model.path to a local folder"
         raise UsageError(f"the weights of {config.name} are not to be had: {hint}") from error
-    network = Network(model.to(torch.device(device)), dtype)  # type: ignore[arg-type]
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     facts = {
         "source": source,
         "weights": _weights_name(source, Path(path), about),
@@ -73,10 +80,13 @@ def load_model(config: ModelConfig) -> Model:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "torch_threads": torch.get_num_threads(),
     }
-    # Tasks that cut long prompts ask the tokenizer, which may claim more than the model reads.
-    tokenizer.model_max_length = min(tokenizer.model_max_length, network.max_positions)
-    writer = Writer(tokenizer, config.chat, config.template)
-    return Model(config, network, writer, frozenset(ends) | {tokenizer.eos_token_id}, facts)
+    return model.to(torch.device(device)), tokenizer, facts  # type: ignore[arg-type]
+
+
+def end_ids(model: Any) -> frozenset[int]:
+    """The tokens that end an answer, as the model's generation settings have them."""
+    ends = model.generation_config.eos_token_id
+    return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
 
 
 def _compute_dtype(dtype: torch.dtype, device: str) -> torch.dtype:

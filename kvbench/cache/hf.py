@@ -7,15 +7,25 @@ this file does not implement it refuses; a keyword that is ignored is a wrong nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvbench.errors import UsageError
 
@@ -169,3 +179,103 @@ class Network:
             use_cache=True,
             position_embeddings=embeddings,
         )[0]
+
+
+# -- a model of the user's own, around `generate` ----------------------------------------------------------------------
+
+Step = Callable[[Int[Tensor, " new"]], Float[Tensor, " vocabulary"]]  # reads tokens: the logits after the last of them
+Start = Callable[[Int[Tensor, " tokens"]], tuple[Step, Float[Tensor, " vocabulary"]]]  # reads a prompt
+
+
+@contextmanager
+def borrowed(model: Any, dtype: torch.dtype | None = None) -> Iterator[Network]:
+    """A user's model as a network; afterwards it is as it was."""
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise UsageError(f"{type(model).__name__} is no causal language model of transformers")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise UsageError("kvbench does not implement models that are spread over several devices")
+    attention, training = model.config._attn_implementation, [x for x in model.modules() if x.training]
+    try:
+        yield Network(model, dtype)
+    finally:
+        model.set_attn_implementation(attention)
+        for module in training:
+            module.training = True
+
+
+class _Going(Cache):
+    """What `generate` carries along in place of a cache: how it goes on, and how many tokens were read."""
+
+    def __init__(self, step: Step, seen: int) -> None:
+        super().__init__(layers=[])
+        self.step, self.seen = step, seen
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def crop(self, *args: Any) -> None:
+        raise _not_implemented("assisted generation")
+
+
+@contextmanager
+def generating(network: Network, start: Start) -> Iterator[None]:
+    """Meanwhile the model's `generate` reads its prompt by `start`, and what it says by the step that this returns."""
+    model = network._model
+
+    @functools.wraps(model.forward)
+    @torch.no_grad()
+    def forward(
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        if input_ids is None or inputs_embeds is not None:
+            raise _not_implemented("inputs_embeds")
+        if len(input_ids) > 1:
+            raise _not_implemented("batches, beams or several answers to a prompt")
+        cache, ids = past_key_values, input_ids[0]
+        if cache is None:
+            raise _not_implemented("use_cache=False")
+        fresh = type(cache) is DynamicCache and not cache.offloading and not cache.get_seq_length()
+        if not fresh and not isinstance(cache, _Going):
+            raise _not_implemented("a cache of your own")
+        if attention_mask is not None and not bool((attention_mask == 1).all()):
+            raise _not_implemented("padding (an attention mask with zeros)")
+        if odd := [name for name, given in kwargs.items() if given is not None and given is not False]:
+            raise _not_implemented(", ".join(odd))
+        if not isinstance(logits_to_keep, int) or logits_to_keep != 1:
+            raise _not_implemented("calls of the model itself, or assisted generation")
+        if not fresh:
+            if len(ids) > 1:
+                raise _not_implemented("a prompt in chunks, or one that goes on after an earlier call")
+            logits = cache.step(ids)
+        else:
+            if position_ids is not None and not torch.equal(position_ids[0], torch.arange(len(ids), device=ids.device)):
+                raise _not_implemented("positions of your own")
+            step, logits = start(ids)
+            cache = _Going(step, 0)
+        cache.seen += len(ids)
+        return CausalLMOutputWithPast(logits=logits[None, None], past_key_values=cache)
+
+    before = vars(model).get("forward")  # accelerate may have put one there
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
+
+
+def _not_implemented(what: str) -> UsageError:
+    return UsageError(
+        f"kvbench.compress does not implement {what}: it runs model.generate(input_ids, ...) of one sequence, greedy "
+        "or sampled"
+    )

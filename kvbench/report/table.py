@@ -1,0 +1,50 @@
+"""Records as a table: a row per example. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kvbench.errors import UsageError
+from kvbench.store import cells, read_cell
+
+
+def read(results: str | Path = "results") -> pd.DataFrame:
+    """Every record of a results folder, a row per example: what its cell was, then the record's fields.
+
+    `method`, `budget`, `task`, `model`, `protocol`, `seed` and `cell` say what the cell was: behind a name stand the
+    options that are not at their defaults, as in tables. docs/metrics.md defines the other fields. Of cells that are
+    not finished there is what they have.
+    """
+    table = examples(dict.fromkeys(cells(Path(results).expanduser())))
+    if table.empty:
+        raise UsageError(f"no records in {results}")
+    return table
+
+
+def examples(limits: Mapping[Path, int | None]) -> pd.DataFrame:
+    """The records of cells, by their folders; of each so many of the first ones (None: all)."""
+    rows = []
+    for folder, limit in limits.items():
+        header, records = read_cell(folder)
+        rows += [_cell(header) | record for record in records[:limit]]
+    return pd.DataFrame(rows)
+
+
+def _cell(header: dict[str, Any]) -> dict[str, Any]:
+    identity = header["identity"]
+    task = dict(identity["task"])
+    name = task.pop("name")
+    changed = ",".join(f"{key}={value}" for key, value in task.items())
+    return {
+        "method": header["label"],
+        "budget": identity["budget"],
+        "task": name + (f"({changed})" if changed else ""),
+        "model": identity["model"]["name"],
+        "protocol": identity["protocol"],
+        "seed": identity["seed"],
+        "cell": header["digest"],
+    }
