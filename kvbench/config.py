@@ -168,6 +168,15 @@ def build_plugin(kind: str, name: str, options: dict[str, Any]) -> Any:
     return build(f"{what} {name}", node)
 
 
+def cell_of(model: str, method: str, budget: str, task: Any) -> Cell:
+    """A cell as scripts are told of it: `method` is name:option=value:option=value, `model` a path as in conf/model."""
+    name, *given = method.split(":")
+    options = dict(option.partition("=")[::2] for option in given)
+    return Cell(
+        ModelConfig(model.rpartition(":")[2], model), build_plugin("methods", name, options), Budget.parse(budget), task
+    )
+
+
 def convert(config: Node) -> Run:
     """A composed configuration as plain frozen objects, checked."""
     model = build("model", config.model)

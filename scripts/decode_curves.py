@@ -45,19 +45,13 @@ def main() -> int:
 def measure(arguments: argparse.Namespace) -> pd.DataFrame:
     from rich.progress import track
 
-    from kvbench.budget import Budget
-    from kvbench.cell import Cell, ModelConfig
-    from kvbench.config import build_plugin
+    from kvbench.config import build_plugin, cell_of
     from kvbench.measure.along import along
     from kvbench.model import load_model
 
-    model = load_model(ModelConfig(arguments.model.rpartition(":")[2], arguments.model))
     task = build_plugin("tasks", "lm", {"context": arguments.context, "max_new_tokens": arguments.tokens})
-    cells = []
-    for text in arguments.methods:
-        name, *given = text.split(":")
-        options = dict(option.split("=", 1) for option in given)
-        cells.append(Cell(model.config, build_plugin("methods", name, options), Budget.parse(arguments.budget), task))
+    cells = [cell_of(arguments.model, text, arguments.budget, task) for text in arguments.methods]
+    model = load_model(cells[0].model)
     rows = along(model, cells, arguments.contexts)
     most = len(cells) * arguments.contexts * arguments.tokens
     return pd.DataFrame(track(rows, "decoding", most, transient=True))

@@ -18,8 +18,9 @@ def test_traits_read_from_the_file_are_those_of_the_class(name: str) -> None:
     cls = plugins.load("methods", name)
     assert issubclass(cls, Method)
     assert {"family", "trust"} <= set(vars(cls)), "declares its family and its trust"
-    family, trust, aware, fitted, holds = choice_list.traits(plugins.files("methods")[name])
+    family, trust, axis, aware, fitted, holds = choice_list.traits(plugins.files("methods")[name])
     assert (family, trust, holds) == (cls.family.name, cls.trust.name, cls.holds)
+    assert axis == cls.axis.name.lower()
     assert (aware == "seen") == cls.query_aware
     assert (fitted == "per model") == ("calibrations" in vars(cls))
 
@@ -32,8 +33,8 @@ def test_the_page_of_methods_is_current() -> None:
 def test_every_method_is_listed_with_its_traits(capsys: pytest.CaptureFixture[str]) -> None:
     assert choice_list.main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["methods", "(method=)", "family", "trust", "last", "queries", "fitted", "holds"]
+    assert lines[0].split()[2:] == "family trust budget bounds last queries fitted holds".split()
     assert [line.split()[0] for line in lines[1::2]] == sorted({*METHODS, *choice_list.presets("methods")})
     vector = next(i for i, line in enumerate(lines) if line.startswith("vector "))
-    assert lines[vector].split()[:5] == ["vector", "router", "reconstructed", "seen", "per"]
+    assert lines[vector].split()[:6] == ["vector", "router", "reconstructed", "held", "seen", "per"]
     assert "arXiv 2605.23258" in lines[vector + 1]

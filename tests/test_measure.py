@@ -7,9 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ids_of
 
+from kvbench import plugins
+from kvbench.budget import Budget
+from kvbench.cell import Cell
 from kvbench.measure.energy import Energy
 from kvbench.measure.memory import Peak
+from kvbench.measure.throughput import throughput
+from kvbench.model import Model
 
 
 class NVMLError(Exception):
@@ -71,3 +77,16 @@ def test_a_peak_sees_memory_that_is_gone_again() -> None:
     assert peak.nbytes is not None
     assert peak.grown is not None
     assert size * 0.9 < peak.grown < peak.nbytes
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_more_sequences_fit_the_less_each_holds(tiny: Model) -> None:
+    """As many as the bytes say, each with room for its answer, and no two share their rows."""
+    task = plugins.load("tasks", "lm")()
+    row = tiny.network.row_bytes()
+    cells = [Cell(tiny.config, plugins.build_method(name), Budget.parse("0.25"), task) for name in ("full", "snapkv")]
+    full, small = throughput(tiny, cells, ids_of(tiny.network, 100), 300 * row, new_tokens=20, steps=2, most=3)
+    assert (full["bytes_sequence"], small["bytes_sequence"]) == (120 * row, 45 * row)
+    assert (full["sequences_fit"], small["sequences_fit"]) == (2, 6)
+    assert (full["sequences_decoded"], small["sequences_decoded"]) == (2, 3)
+    assert full["tokens_per_s"] == pytest.approx(2 / full["step_s"])
