@@ -22,9 +22,10 @@ class ModelConfig:
     name: str = "???"  # as tables and folders show it
     path: str = "???"  # a hub id, a local folder, or `embedded:<name>` for what `python -m kvbench.fetch` brings
     revision: str | None = None  # hub commit or tag
+    weights: str = "trained"  # or `random`, for bytes and latency: from the shape alone, nothing else is fetched
     dtype: str = "bfloat16"  # of the cache, in which bytes are counted
     compute: str = "auto"  # of the layers; auto: as `dtype`, but float32 on a CPU that has no such instructions
-    device: str = "auto"  # auto: CUDA where there is one, else the CPU
+    device: str = "auto"  # auto: CUDA where there is one, else the CPU; spread: the layers over all GPUs
     chat: bool = True  # wrap prompts in the tokenizer's chat template
     template: dict[str, Any] = dataclasses.field(default_factory=dict)  # extra arguments of the chat template
     together: int = 8  # answers of several cells that are decoded in one batch, where that changes no bit of any
@@ -32,7 +33,8 @@ class ModelConfig:
 
     def identity(self) -> dict[str, Any]:
         """What makes two models different cells: not where they run."""
-        return {
+        drawn = {} if self.weights == "trained" else {"weights": self.weights}
+        return drawn | {
             "name": self.name,
             "path": self.path,
             "revision": self.revision,

@@ -182,6 +182,7 @@ def convert(config: Node) -> Run:
     model = build("model", config.model)
     plugins.known("model.dtype", model.dtype, DTYPES)
     plugins.known("model.compute", model.compute, ("auto", *DTYPES))
+    plugins.known("model.weights", model.weights, ("trained", "random"))
     if config.seed < 0:
         raise UsageError(f"seed={config.seed} is below 0")
     if config.limit is not None and config.limit < 1:
