@@ -32,7 +32,7 @@ class LazyEviction(Method):
     """
 
     family: ClassVar[Family] = Family.scorer
-    trust: ClassVar[Trust] = Trust.parity
+    trust: ClassVar[Trust] = Trust.reconstructed
     query_aware: ClassVar[bool] = True
     steps: ClassVar[bool] = True
 
