@@ -143,7 +143,7 @@ def compose(argv: list[str], action: Action | None) -> int:
     before = sys.argv
     # Hydra insists on a folder for a sweep's multirun.yaml, which tells nothing that the records' headers don't.
     with tempfile.TemporaryDirectory() as scratch:
-        sys.argv = ["kvbench", f"hydra.sweep.dir='{scratch}'", *arguments.overrides, *flags]
+        sys.argv = ["kvbench", f"hydra.sweep.dir='{scratch}'", *_of_swept_choices(arguments.overrides), *flags]
         try:
             run()
         finally:
@@ -237,6 +237,21 @@ def _parse(overrides: list[str]) -> list[Override]:
         raise UsageError(
             f"can't read {error.override}: options are name=value, special characters in double quotes (name='\"a~b\"')"
         ) from error
+
+
+def _of_swept_choices(overrides: list[str]) -> list[str]:
+    """`method.decode=true` as a sweep of one value where `method=` is swept.
+
+    Hydra composes once without what is swept, and would look for the option in the default method.
+    """
+    parsed = _parse(overrides)
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    found = []
+    for line, override in zip(overrides, parsed, strict=True):
+        group, dot, _ = override.key_or_group.partition(".")
+        one = dot and group in swept and not override.is_sweep_override() and not override.is_delete()
+        found.append(f"{override.key_or_group}=choice({line.partition('=')[2]})" if one else line)
+    return found
 
 
 def _values(override: Override) -> list[Any]:

@@ -239,3 +239,16 @@ def test_every_choice_has_a_name_of_its_own_and_a_line() -> None:
             assert not {file.stem for file in presets} & set(files(kind)), "a preset would hide the plugin"
         for name, file in choices(kind).items():
             assert describe(file), f"{name} has no line for `python -m kvbench.list`"
+
+
+def test_options_of_a_swept_method_reach_every_one_of_it(ran: list[tuple[Any, ...]]) -> None:
+    """Also an option that the default method lacks; a value with commas is one value."""
+    line = ["-m", "method=painted,painted_blue", "task=gallery", "method.window=3", "budget=0.5"]
+    assert main(line) == 0
+    ((cells, *_),) = ran
+    assert [cell.method.window for cell in cells] == [3, 3]
+    assert len({cell.digest for cell in cells}) == 2
+    ran.clear()
+    assert main(["-m", "method=compose,compose", "task=gallery,gallery", "method.tiers=[exact,int4]"]) == 0
+    ((cells, *_),) = ran
+    assert [list(cell.method.tiers) for cell in cells] == [["exact", "int4"]]
