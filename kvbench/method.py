@@ -207,6 +207,14 @@ class Delegate(Method):
         return self.inner.allocate(seen, scores, rows)
 
 
+def check_scorer(method: Method, option: str) -> None:
+    """Raises UsageError for a method that can't score tokens for another one."""
+    if type(method).scores is Method.scores:
+        raise UsageError(f"{option} scores no tokens; choose a scorer such as snapkv")
+    if method.steps or method.positions is not Positions.original:
+        raise UsageError(f"{option} only scores here: leave its decode and positions as they are")
+
+
 @dataclass(frozen=True)
 class Wrapper(Delegate):
     """A method over the scores of any other one, `base`."""
@@ -215,8 +223,7 @@ class Wrapper(Delegate):
     base_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if type(self.scorer).scores is Method.scores:
-            raise UsageError(f"method.base={self.base} scores no tokens; choose a scorer such as snapkv")
+        check_scorer(self.scorer, f"method.base={self.base}")
 
     @cached_property
     def scorer(self) -> Method:

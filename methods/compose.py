@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvbench.budget import Allowance
 from kvbench.errors import UsageError
-from kvbench.method import Delegate, Family, Method, Trust, Wrapper
+from kvbench.method import Delegate, Family, Method, Trust, Wrapper, check_scorer
 from kvbench.plan import Infeasible, LayerPlan, Plan, keep_all
 from kvbench.plugins import build_method, load
 from kvbench.prefill import Seen
@@ -48,8 +48,7 @@ class Compose(Delegate):
             if not issubclass(found, Wrapper) or found.allocate is Wrapper.allocate:
                 what = "allocates no rows over another method's scores"
                 raise UsageError(f"method.allocator={self.allocator} {what}; choose one such as adakv")
-        if type(build_method(self.scorer, **self.scorer_options)).scores is Method.scores:
-            raise UsageError(f"method.scorer={self.scorer} scores no tokens; choose a scorer such as snapkv")
+        check_scorer(build_method(self.scorer, **self.scorer_options), f"method.scorer={self.scorer}")
 
     @cached_property
     def inner(self) -> Method:  # type: ignore[override]

@@ -158,6 +158,7 @@ def test_survivors_at_4_bits_are_more_and_fewer_bits_keep_less(tiny: Model) -> N
         ({"tiers": []}, "one at least"),
         ({"tiers": ["int4", "int4"]}, "each tier once"),
         ({"scorer": "full"}, "scores no tokens"),
+        ({"scorer": "h2o", "scorer_options": {"decode": True}}, "only scores here"),
         ({"allocator": "snapkv"}, "allocator=snapkv allocates no rows over another method's scores"),
         ({"allocator": "razorattention"}, "allocator=razorattention allocates no rows over another method's scores"),
     ],
