@@ -204,5 +204,5 @@ def _tokenizer(path: str) -> Any:
 
 def _fingerprint(model: Any) -> str:
     """A hash of some elements of every weight: it changes when they do, and costs next to nothing."""
-    some = [x.detach().flatten()[:: max(1, x.numel() // 256)].float() for x in model.parameters()]
-    return hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).hexdigest()[:16]
+    some = [x.detach().flatten()[:: max(1, x.numel() // 256)].float().cpu() for x in model.parameters()]
+    return hashlib.sha256(torch.cat(some).numpy().tobytes()).hexdigest()[:16]
