@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import kvbench
-from kvbench import generation, loop
+from kvbench import fetch, generation, loop
 from kvbench.artefact import location
 from kvbench.budget import Budget
 from kvbench.cache.fork import Fork
@@ -40,6 +41,7 @@ from kvbench.sweep import words
 from kvbench.toolbox.value_maps import ValueMaps
 
 TOKENS, NEW = 90, 24
+ROOT = Path(__file__).parent.parent
 
 
 def stock(family: str = "llama", **changes: int) -> Any:
@@ -455,6 +457,17 @@ def test_texts_reach_the_configuration_as_they_are(text: str) -> None:
     [override] = OverridesParser.create().parse_overrides(words({"results": text}))
     value: Any = override.value()
     assert getattr(value, "text", value) == text
+
+
+def test_the_readme_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        fetch.embedded_model()
+    except UsageError as error:
+        pytest.skip(str(error))
+    [code] = re.findall(r"```python\n(import kvbench\n.*?)\n\ntable = ", (ROOT / "README.md").read_text(), re.S)
+    exec(code, {})
+    [shown] = re.findall(r"print\(held\)  # (.*)", code)
+    assert capsys.readouterr().out == shown + "\n"
 
 
 # -- what importing costs ----------------------------------------------------------------------------------------------
