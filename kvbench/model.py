@@ -57,9 +57,7 @@ def pretrained(config: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
         path, source = str(fetch.embedded_model()), "embedded"
     elif Path(path).expanduser().is_dir():
         path, source = str(Path(path).expanduser()), "folder"
-    device = config.device
-    if device in ("auto", "spread"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.dtype)
     compute = _compute_dtype(dtype, device) if config.compute == "auto" else getattr(torch, config.compute)
     logging.disable_progress_bar()  # a second's worth of bars on every run
@@ -71,9 +69,8 @@ def pretrained(config: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(about, dtype=compute)
         else:
-            spread = {"device_map": "auto"} if config.device == "spread" else {}
             model = AutoModelForCausalLM.from_pretrained(
-                path, revision=config.revision, dtype=compute, use_safetensors=True, **spread
+                path, revision=config.revision, dtype=compute, use_safetensors=True
             )
     except OSError as error:
         hint = f"fetch it with `hf download {path}` or set model.path to a local folder"
@@ -87,9 +84,7 @@ def pretrained(config: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "torch_threads": torch.get_num_threads(),
     }
-    if getattr(model, "hf_device_map", None) is None:
-        model = model.to(torch.device(device))  # type: ignore[arg-type]
-    return model, tokenizer, facts
+    return model.to(torch.device(device)), tokenizer, facts  # type: ignore[arg-type]
 
 
 def end_ids(model: Any) -> frozenset[int]:

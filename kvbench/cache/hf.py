@@ -192,6 +192,8 @@ def borrowed(model: Any, dtype: torch.dtype | None = None) -> Iterator[Network]:
     """A user's model as a network; afterwards it is as it was."""
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise UsageError(f"{type(model).__name__} is no causal language model of transformers")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise UsageError("kvbench does not implement models that are spread over several devices")
     attention, training = model.config._attn_implementation, [x for x in model.modules() if x.training]
     try:
         yield Network(model, dtype)
