@@ -26,7 +26,7 @@ def run_group(jobs: Sequence[Words]) -> int:
     def run() -> int:
         configs: list[Node] = []
         for words in jobs:
-            compose(list(words), lambda found, tell, **launcher: configs.extend(found))
+            compose(list(words), lambda found, tell: configs.extend(found))
         runs = [convert(config) for config in configs]
         from kvbench.loop import run_cells  # imports torch, as the methods did
 

@@ -59,7 +59,7 @@ from kvbench.store import is_done
 
 BAD_INPUT = (UsageError, HydraException, OmegaConfBaseException)
 Tell = Callable[[Exception], None]
-Action = Callable[..., object]
+Action = Callable[[Sequence[Node], Tell], None]
 
 
 class NotDone(Exception):
@@ -73,8 +73,7 @@ class Terminated(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None, action: Action | None = None) -> int:
     """Runs the command line `argv`; returns the exit code. Bad input is one line on stderr and 2.
 
-    `action` takes the composed configurations, whom to tell of bad ones, and in a sweep the launcher's keywords;
-    without it the jobs' cells are run (`start`).
+    `action` takes the jobs' composed configurations, and whom to tell of bad ones; without it the jobs' cells are run.
     """
     return guarded(lambda: compose(list(sys.argv[1:] if argv is None else argv), action))
 
@@ -110,8 +109,8 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def compose(argv: list[str], action: Action | None) -> int:
-    """`main` that raises what is wrong with all of the command line."""
+def compose(argv: list[str], action: Action | None, begin: Callable[..., object] | None = None) -> int:
+    """`main` that raises what is wrong with all of the command line. `begin` stands in for `start`."""
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     arguments = parser.parse_intermixed_args(argv)
@@ -136,7 +135,10 @@ def compose(argv: list[str], action: Action | None) -> int:
         code = max(code, 1 if isinstance(error, NotDone) else 2)
 
     def job(*configs: Node, **launcher: Any) -> None:  # a launcher gives all of a sweep, and how to run it
-        (action or start)(configs, tell, **launcher)
+        if action:
+            action(configs, tell)
+        else:
+            (begin or start)(configs, tell, **launcher)
 
     register()
     run = hydra.main(config_path=str(conf_folder().absolute()), config_name="config", version_base="1.3")(job)

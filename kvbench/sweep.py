@@ -34,7 +34,7 @@ def evaluate(**options: Any) -> pd.DataFrame:
     runs: list[Run] = []
     errors: list[Exception] = []
 
-    def act(configs: Sequence[Node], tell: Tell, **launcher: Any) -> None:
+    def begin(configs: Sequence[Node], tell: Tell, **launcher: Any) -> None:
         def hear(error: Exception) -> None:
             errors.append(error)
             if swept:
@@ -46,7 +46,7 @@ def evaluate(**options: Any) -> pd.DataFrame:
     import huggingface_hub.constants  # noqa: F401  reads that once, now: who calls may want the hub later
 
     try:
-        compose(["-m"] * swept + words(options), act)
+        compose(["-m"] * swept + words(options), None, begin)
     except BAD_INPUT as error:
         raise UsageError(one_line(error)) from error
     finally:

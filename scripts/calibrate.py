@@ -16,7 +16,7 @@ from typing import Any
 from kvbench.run import main
 
 
-def calibrate(configs: Sequence[Any], tell: Callable[[Exception], None], **launcher: Any) -> None:
+def calibrate(configs: Sequence[Any], tell: Callable[[Exception], None]) -> None:
     from kvbench.artefact import load_or_fit, location
     from kvbench.config import convert
     from kvbench.model import load_model
