@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvbench.cache.packed import PackedLayer, slab_bias
+from kvbench.cache.codecs.base import Context, Rows, Stored, product
+from kvbench.cache.layout import Layout
+from kvbench.cache.packed import PackedLayer, Slab
 
 
 def causal_mask(new: int, slots: int, device: torch.device) -> Bool[Tensor, "new slots"]:
@@ -41,32 +46,93 @@ def attention_weights(
     return logits.softmax(-1)
 
 
+@dataclass(frozen=True)
+class _ReadySlab:
+    """A slab with equally many places for every KV head: where heads differ in their rows, some places are empty.
+
+    An empty place shows any row; the layer's bias keeps it from being read.
+    """
+
+    slab: Slab
+    rows: Rows
+    key_places: Int[Tensor, " keys"] | None  # the group of rows in each place; None: as they are stored
+    value_places: Int[Tensor, " values"] | None
+
+    @classmethod
+    def of(cls, slab: Slab, context: Context, device: torch.device) -> _ReadySlab:
+        layout, tier = slab.layout, slab.tier
+        position = slab.positions() if tier.needs_position else None
+        if layout.uniform:
+            return cls(slab, Rows(layout, None if position is None else position.int(), context=context), None, None)
+        if position is not None:
+            position = position[_places(layout, 1, device)].int()
+        rows = Rows(Layout((layout.width,) * len(layout.counts)), position, context=context)
+        places = {size: _places(layout, size, device) for size in {tier.key.group, tier.value.group}}
+        return cls(slab, rows, places[tier.key.group], places[tier.value.group])
+
+    def dot(self, query: Float[Tensor, "kv_heads new dim"]) -> tuple[Float[Tensor, "kv_heads new width"], Rows]:
+        """The queries' products with the keys; and what is known of the rows, the keys if the values need them."""
+        key, fixed = self.slab.tier.key, self.slab.key_fixed
+        stored = _placed(self.slab.key, self.key_places)
+        if not self.slab.tier.value.needs_key:
+            return key.dot(query, stored, self.rows, fixed), self.rows
+        decoded = key.decode(stored, self.rows, fixed, torch.float32)
+        return product(query, self.rows.layout.pad(decoded).mT), replace(self.rows, key=decoded)
+
+    def mix(self, weights: Float[Tensor, "kv_heads new width"], rows: Rows) -> Float[Tensor, "kv_heads new dim"]:
+        stored = _placed(self.slab.value, self.value_places)
+        return self.slab.tier.value.mix(weights, stored, rows, self.slab.value_fixed)
+
+
+def _places(layout: Layout, size: int, device: torch.device) -> Int[Tensor, " places"]:
+    """For every place of the padded form the group of `size` rows that is there; beyond a head's own, any."""
+    groups = Layout(tuple(count // size for count in layout.counts))
+    places = groups.starts(device)[:, None] + torch.arange(groups.width, device=device)
+    return places.clamp(max=groups.rows - 1).flatten().int()
+
+
+def _placed(stored: Stored, places: Int[Tensor, " places"] | None) -> Stored:
+    return stored if places is None else {name: x.index_select(0, places) for name, x in stored.items()}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A layer to be attended to where it is stored. What it has beside the packed layer is working memory."""
+
+    slabs: tuple[_ReadySlab, ...]
+    bias: Float[Tensor, "kv_heads slots"] | None
+
+    @classmethod
+    def of(cls, layer: PackedLayer, context: Context) -> Ready:
+        return cls(tuple(_ReadySlab.of(slab, context, layer.empty.device) for slab in layer.slabs), layer.bias())
+
+    def tensors(self) -> Iterator[Tensor]:
+        own = [x for slab in self.slabs for x in (slab.rows.position, slab.key_places, slab.value_places)]
+        yield from (x for x in (*own, self.bias) if x is not None)
+
+
 def tiered_attention(
     query: Float[Tensor, "heads new dim"],
-    layer: PackedLayer,
+    layer: Ready,
     tail: tuple[Float[Tensor, "kv_heads tail dim"], Float[Tensor, "kv_heads tail dim"]],
     scale: float,
 ) -> Float[Tensor, "heads new dim"]:
-    """Each tier attends on its own, in float32; the parts are merged exactly by their log-sum-exp.
+    """One softmax over what each tier makes of the queries (`Codec.dot`), then what each makes of the weights (`mix`).
 
-    Values that are a linear function of what is stored are never built (`Codec.mix`). Equal to `oracle_attention` over
-    the decoded rows up to rounding; the newest rows of `tail` are the queries' own.
+    In float32. Equal to `oracle_attention` over the decoded rows up to rounding; the newest rows of `tail` are the
+    queries' own.
     """
-    kv_heads, new = tail[0].shape[0], query.shape[1]
+    kv_heads, rows = tail[0].shape[:2]
     grouped = query.float().unflatten(0, (kv_heads, -1)).flatten(1, 2)  # (kv_heads, group * new, dim)
-    outs, masses = [], []
-    for slab in layer.slabs:
-        rows = slab.rows(layer.token_ids, torch.float32)
-        assert rows.key is not None
-        logits = grouped @ slab.layout.pad(rows.key).mT * scale + slab_bias(slab, query.device)[:, None]
-        mass = logits.logsumexp(-1, keepdim=True)
-        weights = (logits - mass.clamp(min=torch.finfo(mass.dtype).min)).exp()
-        outs.append(slab.tier.value.mix(weights, slab.value, rows, slab.value_fixed))
-        masses.append(mass)
-    mask = causal_mask(new, tail[0].shape[1], query.device).repeat(query.shape[0] // kv_heads, 1)
-    logits = (grouped @ tail[0].float().mT * scale).masked_fill(~mask, -torch.inf)
-    masses.append(logits.logsumexp(-1, keepdim=True))
-    outs.append((logits - masses[-1]).exp() @ tail[1].float())
-    share = torch.stack(masses).softmax(0)
-    out = (torch.stack(outs) * share).sum(0)
-    return out.unflatten(1, (-1, new)).flatten(0, 1).to(query.dtype)
+    found = [slab.dot(grouped) for slab in layer.slabs]
+    logits = torch.cat([*(x for x, _ in found), product(grouped, tail[0].mT)], -1).mul_(scale)
+    if layer.bias is not None:
+        logits[..., :-rows] += layer.bias[:, None]
+    if query.shape[1] > 1:
+        hidden = ~causal_mask(query.shape[1], rows, query.device)
+        logits[..., -rows:].unflatten(1, (-1, query.shape[1])).masked_fill_(hidden, -torch.inf)
+    *parts, last = logits.softmax(-1).split([*(x.shape[-1] for x, _ in found), rows], -1)
+    out = product(last, tail[1])
+    for slab, (_, known), weights in zip(layer.slabs, found, parts, strict=True):
+        out = out + slab.mix(weights, known)
+    return out.unflatten(1, (-1, query.shape[1])).flatten(0, 1).to(query.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvbench.cache.attention import attention_weights, causal_mask, oracle_attention, tiered_attention
-from kvbench.cache.packed import CompressedCache, Edit, Keep, PackedLayer, nbytes
+from kvbench.cache.attention import Ready, attention_weights, causal_mask, oracle_attention, tiered_attention
+from kvbench.cache.codecs.base import Context
+from kvbench.cache.packed import CompressedCache, Dense, Edit, Keep, PackedLayer, nbytes
 from kvbench.cache.rope import Rope, renumber
 from kvbench.method import Positions
 from kvbench.plan import EXACT, tensors_in
@@ -117,7 +118,10 @@ def _fetch(packed: PackedLayer, index: Int[Tensor, "kv_heads fetched"], held: _F
 
 
 class ForkLayer:
-    """One layer of a fork. The rows are decoded once into a working copy, to which the tail is appended."""
+    """One layer of a fork. The rows are decoded once into a working copy, to which the tail is appended.
+
+    In a tiered fork the working copy is the tail alone, and `context` 0: the rows are read where they are stored.
+    """
 
     def __init__(self, packed: PackedLayer, state: Any, fork: Fork, index: int) -> None:
         self.state, self.fork, self.index = state, fork, index
@@ -130,7 +134,11 @@ class ForkLayer:
     def _show(self, packed: PackedLayer) -> None:
         """Makes `packed` the context, and the tail empty."""
         self.packed = packed
-        dense = packed.dense()
+        if self.fork.tiered:
+            self._ready: Ready | None = Ready.of(packed, self.fork.context)
+            dense = Dense(packed.empty, packed.empty, None, None)
+        else:
+            self._ready, dense = None, packed.dense()
         self._key, self._value, self._bias, self._position = dense.key, dense.value, dense.bias, dense.position
         self.context = self.length = dense.key.shape[1]
         self._own = False  # whether the working copy may be written to
@@ -164,6 +172,12 @@ class ForkLayer:
         working = tensors_in(self.state) + ([] if fetched is None else [fetched.index, fetched.key, fetched.value])
         return self._packed_bytes + self.tail_bytes + nbytes(working)
 
+    def working(self) -> Iterator[Tensor]:
+        """What is kept from step to step: the working copy, or what makes the rows ready where they are stored."""
+        yield from (x for x in (self._key, self._value, self._bias, self._position) if x is not None)
+        if self._ready is not None:
+            yield from self._ready.tensors()
+
     def attend(
         self,
         query: Float[Tensor, "heads new dim"],
@@ -173,8 +187,8 @@ class ForkLayer:
     ) -> Float[Tensor, "heads new dim"]:
         """Appends the new rows to the tail, attends over context and tail, and lets the method act."""
         self._append(key, value)
-        if self.fork.tiered:
-            return tiered_attention(query, self.packed, self.tail, scale)
+        if self._ready is not None:
+            return tiered_attention(query, self._ready, self.tail, scale)
         keys, values, mask = self._key[:, : self.length], self._value[:, : self.length], self._mask(query)
         if not self.fork.watched:
             return oracle_attention(query, keys, values, scale, mask)
@@ -238,7 +252,9 @@ class ForkLayer:
             union = mask.unflatten(0, (kv_heads, -1)).any(1) if len(mask) > kv_heads else mask
             read = union.sum() * (kv_heads // len(union))
         self.moved = 0
-        if chosen.fetch is not None:
+        if chosen.fetch is None:
+            self._fetched = None
+        else:
             read = read + chosen.fetch.numel()
             if self._fetched is None or chosen.fetch is not self._fetched.index:
                 self._fetched, rows = _fetch(self.packed, chosen.fetch, self._fetched)
@@ -251,7 +267,7 @@ class ForkLayer:
             room = (self._key.shape[0], end + _SLACK, self._key.shape[2])
             for name in ("_key", "_value"):
                 old = getattr(self, name)
-                new = key.new_empty(room)  # in the layers' dtype
+                new = old.new_empty(room) if self.fork.tiered else key.new_empty(room)  # in the layers' dtype
                 new[:, : self.length] = old[:, : self.length]
                 setattr(self, name, new)
             self._own = True
@@ -310,7 +326,10 @@ class ForkLayer:
 
 
 class Fork:
-    """Made by `Fork(cache, method)` and `fork.fork()`; never sees what another fork does."""
+    """Made by `Fork(cache, method)` and `fork.fork()`; never sees what another fork does.
+
+    `tiered`: attends over the tiers as they are stored, for methods that do not act in time.
+    """
 
     def __init__(self, cache: CompressedCache, method: Method, tiered: bool = False) -> None:
         self.method, self.tiered, self.rope = method, tiered, cache.rope
@@ -319,6 +338,9 @@ class Fork:
         self.incoming = cache.token_ids[:0]  # the tokens on their way through the layers
         self.tree: Bool[Tensor, "new new"] | None = None  # which new tokens see which, where that isn't their order
         self.observer: Callable[[Event], None] | None = None  # told of every layer that has attended
+        if tiered and self.watched:
+            raise ValueError(f"{type(method).__name__} acts in time: it attends over decoded rows")
+        self.context = Context(cache.token_ids, cache.next_position)
         self._usage = Usage()
         self.layers = [
             ForkLayer(packed, state, self, i)
@@ -373,6 +395,14 @@ class Fork:
         layers = tuple(layer.whole() for layer in self.layers)
         states = tuple(layer.state for layer in self.layers)
         return CompressedCache.of(layers, states, self.token_ids, self.next_position, self.rope)
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes kept from step to step beside the compressed context and the tail's rows."""
+        stored = {t.untyped_storage().data_ptr() for layer in self.layers for t in layer.packed.tensors()}
+        kept = [t for layer in self.layers for t in layer.working()]
+        kept += [t for table in self.context.tables.values() for t in table]
+        return nbytes(t for t in kept if t.untyped_storage().data_ptr() not in stored) - self.tail_bytes
 
     @property
     def tail_bytes(self) -> int:

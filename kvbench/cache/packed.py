@@ -194,11 +194,12 @@ class PackedLayer:
         return Dense(
             _cat(keys, self.empty),
             _cat(values, self.empty),
-            self._bias(),
+            self.bias(),
             torch.cat(held, 1) if held and len(held) == len(self.slabs) else None,
         )
 
-    def _bias(self) -> Float[Tensor, "kv_heads slots"] | None:
+    def bias(self) -> Float[Tensor, "kv_heads slots"] | None:
+        """What is added to the logits of the rows on the device; None: nothing."""
         if all(slab.layout.uniform and slab.log_multiplicity is None for slab in self.slabs):
             return None
         return torch.cat([slab_bias(slab, self.empty.device) for slab in self.slabs], 1)
@@ -381,7 +382,7 @@ def pack_layer(plan: LayerPlan, seen: Seen, layer: SeenLayer, column: Int[Tensor
     tokens = column if any(slab.tier.needs_token for slab in slabs) else None
     host = next((slab.on_host() for slab in slabs if slab.tier.host), None)
     device = tuple(slab for slab in slabs if not slab.tier.host)
-    return PackedLayer(device, tokens, layer.key[:, :0], plan.hold_positions, host)
+    return PackedLayer(device, tokens, layer.key[:, :0].clone(), plan.hold_positions, host)
 
 
 def _multiplicity(

@@ -36,3 +36,14 @@ class Balanced(Codec):
 
     def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
         return (self.inner.decode(stored, rows, {}, torch.float32) / self._balance(rows, fixed)).to(like)
+
+    def dot(
+        self, query: Float[Tensor, "kv_heads new dim"], stored: Stored, rows: Rows, fixed: Stored
+    ) -> Float[Tensor, "kv_heads new width"]:
+        """The queries are scaled, not the rows."""
+        return self.inner.dot(query / fixed["balance"].float()[:, None], stored, rows, {})
+
+    def mix(
+        self, weights: Float[Tensor, "kv_heads new width"], stored: Stored, rows: Rows, fixed: Stored
+    ) -> Float[Tensor, "kv_heads new dim"]:
+        return self.inner.mix(weights, stored, rows, {}) / fixed["balance"].float()[:, None]

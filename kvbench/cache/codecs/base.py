@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +14,25 @@ from torch import Tensor
 from kvbench.cache.layout import Layout
 
 Stored = dict[str, Tensor]
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """A context that is attended to where it is stored: what codecs work out once, for all its layers and steps."""
+
+    token_ids: Int[Tensor, " tokens"]
+    positions: int  # of its rows: below this
+    tables: dict[Hashable, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def every_position(self) -> Int[Tensor, " positions"]:
+        return torch.arange(self.positions, device=self.token_ids.device)
+
+    def once(self, name: Hashable, make: Callable[[], Tensors]) -> Tensors:
+        """What `make` returns; it is called the first time and kept: working memory, beside the store."""
+        if name not in self.tables:
+            self.tables[name] = make()
+        return self.tables[name]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -22,6 +43,7 @@ class Rows:
     position: Int[Tensor, " rows"] | None = None  # where `needs_position`
     token: Int[Tensor, " rows"] | None = None  # the token ids, where `needs_token`
     key: Float[Tensor, "rows dim"] | None = None  # for value codecs
+    context: Context | None = None  # where they are attended to step by step; then `token` is left out
 
 
 class Codec(ABC):
@@ -38,6 +60,11 @@ class Codec(ABC):
     @property
     def needs_token(self) -> bool:
         """Whether the context's token ids must be held (needs positions too)."""
+        return False
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether a value is made from its row's key."""
         return False
 
     @property
@@ -70,8 +97,25 @@ class Codec(ABC):
     def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
         """The rows as attention sees them, in the model's dtype `like`."""
 
+    # -- attention over what is stored: exact up to rounding, without decoding where a codec can do better ---------
+
+    def dot(
+        self, query: Float[Tensor, "kv_heads new dim"], stored: Stored, rows: Rows, fixed: Stored
+    ) -> Float[Tensor, "kv_heads new width"]:
+        """Each head's `query` times its decoded rows, in float32."""
+        return product(query, rows.layout.pad(self.decode(stored, rows, fixed, torch.float32)).mT)
+
     def mix(
         self, weights: Float[Tensor, "kv_heads new width"], stored: Stored, rows: Rows, fixed: Stored
     ) -> Float[Tensor, "kv_heads new dim"]:
-        """`weights` @ the decoded rows of each head, in float32. Linear codecs override it to build no row."""
-        return weights @ rows.layout.pad(self.decode(stored, rows, fixed, torch.float32))
+        """`weights` @ the decoded rows of each head, in float32."""
+        return product(weights, rows.layout.pad(self.decode(stored, rows, fixed, torch.float32)))
+
+
+def product(
+    a: Float[Tensor, "heads new some"], b: Float[Tensor, "heads some other"]
+) -> Float[Tensor, "heads new other"]:
+    """a @ b in float32; a GPU reads a narrower b as it is, a CPU widens it."""
+    if b.dtype == torch.float32:
+        return a @ b
+    return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32) if b.is_cuda else a @ b.float()

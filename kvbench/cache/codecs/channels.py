@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvbench.cache.codecs.base import Codec, Rows, Stored
+from kvbench.cache.codecs.base import Codec, Rows, Stored, product
 from kvbench.cache.codecs.quant import pack, unpack
 from kvbench.cache.codecs.sparse import fill
 
@@ -40,6 +40,13 @@ class Channels(Codec):
 
     def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
         return fill(self._mask(rows, fixed), stored["x"].to(like))
+
+    def dot(
+        self, query: Float[Tensor, "kv_heads new dim"], stored: Stored, rows: Rows, fixed: Stored
+    ) -> Float[Tensor, "kv_heads new width"]:
+        """Of the queries only the kept channels count."""
+        kept = unpack(fixed["channels"], 1).argsort(dim=-1, descending=True, stable=True)[:, : self.keep]
+        return product(query.take_along_dim(kept[:, None], -1), rows.layout.pad(stored["x"]).mT)
 
     def _mask(self, rows: Rows, fixed: Stored) -> Bool[Tensor, "rows dim"]:
         channels = fixed["channels"]

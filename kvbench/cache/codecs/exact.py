@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvbench.cache.codecs.base import Codec, Rows, Stored
+from kvbench.cache.codecs.base import Codec, Rows, Stored, product
 
 
 @dataclass(frozen=True)
@@ -23,3 +23,13 @@ class Exact(Codec):
 
     def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
         return stored["x"].to(like)
+
+    def dot(
+        self, query: Float[Tensor, "kv_heads new dim"], stored: Stored, rows: Rows, fixed: Stored
+    ) -> Float[Tensor, "kv_heads new width"]:
+        return product(query, rows.layout.pad(stored["x"]).mT)
+
+    def mix(
+        self, weights: Float[Tensor, "kv_heads new width"], stored: Stored, rows: Rows, fixed: Stored
+    ) -> Float[Tensor, "kv_heads new dim"]:
+        return product(weights, rows.layout.pad(stored["x"]))

@@ -38,6 +38,10 @@ class FromKey(Codec):
         return self.embeddings is not None
 
     @property
+    def needs_key(self) -> bool:
+        return True
+
+    @property
     def shared(self) -> tuple[Tensor, ...]:
         return (self.weight, self.bias)
 
@@ -61,14 +65,6 @@ class FromKey(Codec):
         if not layout.shared:
             raise ValueError("a map over all heads needs tokens that every head holds")
         return key.transpose(0, 1).flatten(1)[None]
-
-    def _tokens(self, rows: Rows) -> Float[Tensor, "heads width hidden"]:
-        """The part of x that comes from tokens, in float32: for each KV head, or once where they hold the same."""
-        assert self.embeddings is not None
-        assert rows.token is not None
-        layout = rows.layout
-        token = rows.token[None, : layout.width] if layout.shared else layout.pad(rows.token[:, None])[..., 0]
-        return token_features(self.embeddings, token)
 
     def _weights(self, rows: Rows) -> tuple[Float[Tensor, "kv_heads some dim"], Float[Tensor, "kv_heads rest dim"]]:
         """The rows of W that meet keys, and those that meet embeddings, in float32."""
@@ -115,10 +111,68 @@ class FromKey(Codec):
         self, weights: Float[Tensor, "kv_heads new width"], stored: Stored, rows: Rows, fixed: Stored
     ) -> Float[Tensor, "kv_heads new dim"]:
         """(weights x) W + (sum of weights) b: no value is built."""
-        constant = self.bias.float() + self._shift(fixed)
         by_key, by_token = self._weights(rows)
-        mixed = weights.sum(-1, keepdim=True) * constant[:, None] + weights @ self._keys(rows) @ by_key
-        return mixed if self.embeddings is None else mixed + weights @ self._tokens(rows) @ by_token
+        mixed = self._mixed_keys(weights, rows) @ by_key
+        mixed += weights.sum(-1, keepdim=True) * (self.bias.float() + self._shift(fixed))[:, None]
+        if self.embeddings is not None:
+            mixed += self._mixed_tokens(weights, rows) @ by_token
+        return mixed
+
+    def _mixed_keys(
+        self, weights: Float[Tensor, "kv_heads new width"], rows: Rows
+    ) -> Float[Tensor, "kv_heads new features"]:
+        """weights @ the keys before their rotation; the rotation's two halves are put together afterwards."""
+        assert rows.key is not None
+        layout, kv_heads = rows.layout, len(weights)
+        if self.all_heads:
+            if not layout.shared:
+                raise ValueError("a map over all heads needs tokens that every head holds")
+            weights = weights.flatten(0, 1)[None].expand(kv_heads, -1, -1)
+        key = layout.pad(rows.key).unflatten(-1, (2, -1))
+        cos, sin = ((weights @ (key * x).flatten(2)).chunk(2, -1) for x in self._angles(rows))
+        mixed = torch.cat([cos[0] + sin[1], cos[1] - sin[0]], -1)
+        return mixed.transpose(0, 1).flatten(1).unflatten(0, (kv_heads, -1)) if self.all_heads else mixed
+
+    def _angles(self, rows: Rows) -> list[Float[Tensor, "heads width 1 half"]]:
+        """(cos, sin) of the rows' positions, of each pair of channels once, divided by their sum of squares."""
+
+        def make(position: Tensor) -> tuple[Tensor, ...]:
+            cos, sin = self.rope(position)
+            half, size = cos.shape[-1] // 2, cos.square() + sin.square()
+            return tuple((x / size)[:, :half].contiguous() for x in (cos, sin))
+
+        assert rows.position is not None
+        layout, context, position = rows.layout, rows.context, rows.position
+        if layout.shared:
+            position = position[: layout.width]
+        if context is None:
+            found = make(position)
+        else:
+            table = context.once(("rotated back", self.rope), lambda: make(context.every_position()))
+            found = tuple(x.index_select(0, position) for x in table)
+        return [(x[None] if layout.shared else layout.pad(x))[:, :, None] for x in found]
+
+    def _mixed_tokens(
+        self, weights: Float[Tensor, "kv_heads new width"], rows: Rows
+    ) -> Float[Tensor, "kv_heads new hidden"]:
+        """weights @ the tokens' features: weights are added up for each distinct token first."""
+        assert self.embeddings is not None
+        layout, context, embeddings = rows.layout, rows.context, self.embeddings
+
+        def make(token: Tensor) -> tuple[Tensor, Tensor]:
+            distinct, which = token.unique(return_inverse=True)
+            return token_features(embeddings, distinct), which
+
+        if context is None:
+            assert rows.token is not None
+            features, which = make(rows.token)
+        else:
+            assert rows.position is not None
+            features, which = context.once(("tokens", id(embeddings)), lambda: make(context.token_ids))
+            which = which.index_select(0, rows.position[: layout.width] if layout.shared else rows.position)
+        which = which[None, : layout.width] if layout.shared else layout.pad(which)
+        sums = weights.new_zeros(*weights.shape[:2], len(features))
+        return sums.scatter_add_(-1, which[:, None].expand_as(weights), weights) @ features
 
 
 def _for_all_heads(

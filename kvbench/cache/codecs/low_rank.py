@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvbench.cache.codecs.base import Codec, Rows, Stored
+from kvbench.cache.codecs.base import Codec, Rows, Stored, product
 from kvbench.cache.rope import unrotate
 
 
@@ -58,14 +58,21 @@ class LowRank(Codec):
         """(weights h) B': only the mixture is rebuilt, each head from its own part of B."""
         if self.rope is not None:
             return super().mix(weights, stored, rows, fixed)
-        groups, size = len(self.basis), len(weights) // len(self.basis)
-        mixed = weights.unflatten(0, (groups, size)) @ self._together(rows.layout.pad(stored["h"].float()))[:, None]
+        groups, size, new = len(self.basis), len(weights) // len(self.basis), weights.shape[1]
+        h = rows.layout.pad(stored["h"])  # each head's weights meet the parts of h of every head in its group
+        wide = weights.unflatten(0, (groups, 1, size)).flatten(2, 3).expand(-1, size, -1, -1).flatten(0, 1)
+        mixed = product(wide, h).unflatten(0, (groups, size)).unflatten(2, (size, new))
+        mixed = mixed.permute(0, 2, 3, 1, 4).flatten(3)  # groups, heads, new, directions
         return (mixed @ self.basis.unflatten(1, (size, -1)).mT).flatten(0, 1)
 
     def _angles(self, rows: Rows) -> tuple[Tensor, Tensor]:
         assert self.rope is not None
         assert rows.position is not None
-        return self.rope(rows.position[: rows.layout.width])
+        rope, position, context = self.rope, rows.position[: rows.layout.width], rows.context
+        if context is None:
+            return rope(position)
+        cos, sin = context.once(("rotated", rope), lambda: rope(context.every_position()))
+        return cos[position], sin[position]
 
     def _together(self, x: Float[Tensor, "kv_heads width some"]) -> Float[Tensor, "groups width many"]:
         return x.unflatten(0, (len(self.basis), -1)).transpose(1, 2).flatten(2)

@@ -6,10 +6,10 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from kvbench.cache.codecs.base import Codec, Rows, Stored
+from kvbench.cache.codecs.base import Codec, Rows, Stored, product
 from kvbench.cache.codecs.quant import pack, unpack
 
 
@@ -39,19 +39,38 @@ class Rotated(Codec):
         norm = norm[:, 0].clamp(max=torch.finfo(torch.float16).max).half()
         return {"codes": pack(codes.to(torch.uint8), self.bits), "norm": norm}
 
+    def _directions(self, codes: UInt8[Tensor, "rows bytes"]) -> Float[Tensor, "rows dim"]:
+        """The rows as they stand after the rotation, at unit length."""
+        table = self.centroids[:, None]
+        if self.bits == 3:
+            codes = unpack(codes, 3)
+        else:  # a whole byte at once
+            every = torch.arange(256, dtype=torch.uint8, device=codes.device)
+            table = self.centroids[unpack(every[:, None], self.bits).int()]
+        return table.index_select(0, codes.flatten().int()).view(len(codes), -1)
+
     def _turned(self, stored: Stored) -> Float[Tensor, "rows dim"]:
-        """The rows as they stand after the rotation."""
-        codes: Int[Tensor, ...] = unpack(stored["codes"], self.bits).long()
-        return self.centroids[codes] * stored["norm"].float()[:, None]
+        return self._directions(stored["codes"]) * stored["norm"].float()[:, None]
 
     def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
         return (self._turned(stored) @ self.rotation).to(like)
+
+    def dot(
+        self, query: Float[Tensor, "kv_heads new dim"], stored: Stored, rows: Rows, fixed: Stored
+    ) -> Float[Tensor, "kv_heads new width"]:
+        """The query is rotated, not the rows, and their norms come last."""
+        found = product(query @ self.rotation.mT, rows.layout.pad(self._directions(stored["codes"])).mT)
+        return found * self._norm(stored, rows)
 
     def mix(
         self, weights: Float[Tensor, "kv_heads new width"], stored: Stored, rows: Rows, fixed: Stored
     ) -> Float[Tensor, "kv_heads new dim"]:
         """The mixture is rotated back, not its rows."""
-        return weights @ rows.layout.pad(self._turned(stored)) @ self.rotation
+        weights = weights * self._norm(stored, rows)
+        return product(weights, rows.layout.pad(self._directions(stored["codes"]))) @ self.rotation
+
+    def _norm(self, stored: Stored, rows: Rows) -> Float[Tensor, "kv_heads 1 width"]:
+        return rows.layout.pad(stored["norm"].float())[:, None]
 
 
 def random_rotation(dim: int, seed: int) -> Float[Tensor, "dim dim"]:
