@@ -84,7 +84,7 @@ def pretrained(config: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "torch_threads": torch.get_num_threads(),
     }
-    return model.to(torch.device(device)), tokenizer, facts  # type: ignore[arg-type]
+    return model.to(torch.device(device)), tokenizer, facts
 
 
 def end_ids(model: Any) -> frozenset[int]:
