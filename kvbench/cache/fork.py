@@ -109,9 +109,10 @@ def _fetch(packed: PackedLayer, index: Int[Tensor, "kv_heads fetched"], held: _F
     if held is None:
         key, value = slab.fetch(flat.flatten(), packed.empty)
         return _Fetched(index, *(x.unflatten(0, index.shape) for x in (key, value))), index.numel()
-    hit, where = (index[:, :, None] == held.index[:, None]).int().max(-1)
-    key, value = (x.take_along_dim(where[..., None], 1) for x in (held.key, held.value))
-    missing = hit == 0
+    at = torch.arange(held.index.shape[1], device=index.device).expand(held.index.shape)
+    where = index.new_full((len(index), slab.layout.width), -1).scatter(1, held.index, at).gather(1, index)
+    missing = where < 0
+    key, value = (x.take_along_dim(where.clamp(min=0)[..., None], 1) for x in (held.key, held.value))
     rows = flat[missing]
     key[missing], value[missing] = slab.fetch(rows, packed.empty)
     return _Fetched(index, key, value), len(rows)
