@@ -22,7 +22,7 @@ from kvbench.plan import EXACT, tensors_in
 if TYPE_CHECKING:
     from kvbench.method import Method
 
-__all__ = ["Edit", "Event", "Fork", "Keep", "Selection", "Usage"]
+__all__ = ["Edit", "Event", "Fork", "Keep", "Selection", "Usage", "acts_in_time"]
 
 _SLACK = 64  # rows by which the working copy of a layer grows at a time
 
@@ -110,7 +110,8 @@ def _fetch(packed: PackedLayer, index: Int[Tensor, "kv_heads fetched"], held: _F
         key, value = slab.fetch(flat.flatten(), packed.empty)
         return _Fetched(index, *(x.unflatten(0, index.shape) for x in (key, value))), index.numel()
     at = torch.arange(held.index.shape[1], device=index.device).expand(held.index.shape)
-    where = index.new_full((len(index), slab.layout.width), -1).scatter(1, held.index, at).gather(1, index)
+    here = torch.full((len(index), slab.layout.width), -1, device=index.device)
+    where = here.scatter(1, held.index.long(), at).gather(1, index.long())
     missing = where < 0
     key, value = (x.take_along_dim(where.clamp(min=0)[..., None], 1) for x in (held.key, held.value))
     rows = flat[missing]
@@ -326,6 +327,11 @@ class ForkLayer:
         return self._edited(Edit(tuple(tiers), route.expand(len(self._key), -1)), self.length)
 
 
+def acts_in_time(method: Method) -> bool:
+    """Whether a method has to do with what a layer attends to: then it does so over decoded rows."""
+    return method.steps or method.selects or method.positions is Positions.contiguous
+
+
 class Fork:
     """Made by `Fork(cache, method)` and `fork.fork()`; never sees what another fork does.
 
@@ -339,7 +345,7 @@ class Fork:
         self.incoming = cache.token_ids[:0]  # the tokens on their way through the layers
         self.tree: Bool[Tensor, "new new"] | None = None  # which new tokens see which, where that isn't their order
         self.observer: Callable[[Event], None] | None = None  # told of every layer that has attended
-        if tiered and self.watched:
+        if tiered and acts_in_time(method):
             raise ValueError(f"{type(method).__name__} acts in time: it attends over decoded rows")
         self.context = Context(cache.token_ids, cache.next_position)
         self._usage = Usage()
@@ -352,8 +358,7 @@ class Fork:
     @property
     def watched(self) -> bool:
         """Whether anyone but the model has to do with what a layer attends to."""
-        method = self.method
-        return method.steps or method.selects or method.positions is Positions.contiguous or self.observer is not None
+        return acts_in_time(self.method) or self.observer is not None
 
     @property
     def one_by_one(self) -> bool:
