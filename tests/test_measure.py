@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ids_of
@@ -12,10 +13,12 @@ from conftest import ids_of
 from kvbench import plugins
 from kvbench.budget import Budget
 from kvbench.cell import Cell
+from kvbench.measure.along import along
 from kvbench.measure.energy import Energy
 from kvbench.measure.memory import Peak
 from kvbench.measure.throughput import throughput
 from kvbench.model import Model
+from kvbench.report.curves import curves, summary
 
 
 class NVMLError(Exception):
@@ -90,3 +93,22 @@ def test_more_sequences_fit_the_less_each_holds(tiny: Model) -> None:
     assert (full["sequences_fit"], small["sequences_fit"]) == (2, 6)
     assert (full["sequences_decoded"], small["sequences_decoded"]) == (2, 3)
     assert full["tokens_per_s"] == pytest.approx(2 / full["step_s"])
+
+
+@pytest.mark.usefixtures("own_cache", "corpora")
+def test_along_an_answer(tiny: Model) -> None:
+    """A row for each token of the full cache's answer, with the bytes of that token; infeasible cells have none."""
+    task = plugins.load("tasks", "lm")(context=100, continuation=4, max_new_tokens=12)
+    window = plugins.build_method("streamingllm", decode=True)
+    methods = [(plugins.build_method("full"), "1"), (window, "0.25"), (plugins.build_method("fastkv"), "1B")]
+    cells = [Cell(tiny.config, method, Budget.parse(budget), task) for method, budget in methods]
+    table = pd.DataFrame(along(tiny, cells, contexts=2))
+    row = tiny.network.row_bytes()
+    full, rolling = (part for _, part in table.groupby("method", sort=False))
+    assert len(full) == len(rolling) == 2 * full["token"].nunique()
+    assert full["kl_full"].abs().max() < 1e-5
+    assert (full["bytes_held"].diff()[full["token"] > 0] == row).all()
+    assert rolling["bytes_held"].nunique() == 1
+    assert rolling["bytes_held"].max() <= 25 * row
+    assert summary(table).loc["full", "agree_full"] == 1
+    assert len(curves(table).axes) == 3

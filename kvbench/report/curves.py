@@ -33,7 +33,8 @@ def curves(table: pd.DataFrame, window: int = 32) -> Figure:
             axis.plot(line, STROKES[i // len(COLOURS) % 4], color=COLOURS[i % len(COLOURS)], lw=1.2, label=method)
         axis.set_xlabel("token of the answer")
         axis.set_title(title, fontsize=9)
-        axis.set_ylim(bottom=0)
+        axis.set_yscale("linear" if field.startswith("bytes") else "log")
+        axis.set_ylim(bottom=0 if field.startswith("bytes") else 1e-3)
         axis.tick_params(labelsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7, frameon=False)
     return figure
