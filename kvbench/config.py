@@ -32,6 +32,13 @@ class Protocol(enum.Enum):
     aware = "yes"
 
 
+class Measure(enum.Enum):
+    """What is measured of a cell."""
+
+    quality = "its answers, and their distance to the full cache's"
+    solo = "what its cache costs a decoding step, beside the full cache"
+
+
 class TrackerMode(enum.Enum):
     """What happens to the W&B mirror of the records."""
 
@@ -61,6 +68,7 @@ class RunConfig:
     results: str = "results"
     redo: bool = False  # start finished cells over
     timed: int = 3  # examples of each cell that are timed alone at the end; 0: none
+    measure: Measure = Measure.quality
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
 
@@ -196,6 +204,13 @@ def convert(config: Node) -> Run:
         seed=config.seed,
         generate=config.generate,
     )
-    results = Path(config.results).expanduser()
-    tracker = build("tracker", config.tracker)
-    return Run(cell, Settings(results, config.limit, config.redo, config.timed, tracker.mode.name, tracker.project))
+    settings = Settings(
+        results=Path(config.results).expanduser(),
+        limit=config.limit,
+        redo=config.redo,
+        timed=config.timed,
+        tracker_mode=build("tracker", config.tracker).mode.name,
+        tracker_project=config.tracker.project,
+        measure=config.measure.name,
+    )
+    return Run(cell, settings)

@@ -20,9 +20,11 @@ from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell, Settings
 from kvbench.cell_run import CellRun
 from kvbench.measure.progress import Progress
+from kvbench.measure.solo import measure_solo
 from kvbench.model import Model, load_model
 from kvbench.plan import keep_all
 from kvbench.prefill import Seen, read_exactly
+from kvbench.report.solo import print_solo
 from kvbench.report.summary import print_summary
 from kvbench.store import is_done
 from kvbench.task import Context
@@ -30,12 +32,16 @@ from kvbench.timing import time_alone
 
 
 def run_cells(cells: Sequence[Cell], settings: Settings, alone: bool = True) -> None:
-    """Brings the cells' records up to `settings.limit` examples and prints a summary.
+    """Brings the cells' records up to `settings.limit` examples, or measures them solo, and prints a summary.
 
     What can't be run raises UsageError and nothing is written, if the cell is `alone`. In a sweep it is marked
     (`infeasible` with the smallest plan's bytes, or `failed` with the reason), told on stderr, and the others go on.
     """
     missing = [cell for cell in cells if settings.redo or not is_done(cell, settings)]
+    if settings.measure == "solo":
+        if missing:
+            measure_solo(missing, load_model(missing[0].model), settings, alone)
+        return print_solo([cell.folder(settings.results) for cell in cells if is_done(cell, settings)], len(missing))
     if missing:
         model = load_model(missing[0].model)
         task = missing[0].task  # the cells' tasks are equal: one of them draws the contexts and scores for all

@@ -14,6 +14,7 @@ Options are given as name=value:
   protocol=  blind: the question isn't seen when compressing; aware: it is
   seed=      draws the examples
   limit=     how many examples (null: all); a larger limit continues a finished run
+  measure=   quality; or solo: what the cache alone costs a decoding step beside the full cache, without answers
   generate=  false: only the NLL and KL of the reference answers, no free answer
   results=   folder for the records: <results>/<task>/<model>/<method>-<budget>-<hash>/{header.json,examples.jsonl}
   redo=      true: start finished cells over
@@ -50,10 +51,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from kvbench import plugins
 from kvbench.budget import Budget
-from kvbench.config import Node, Protocol, Run, RunConfig, convert, register
+from kvbench.config import Measure, Node, Protocol, Run, RunConfig, convert, register
 from kvbench.errors import UsageError
 from kvbench.list import choices, conf_folder, listing, user_conf_folder
 from kvbench.plugins import known
+from kvbench.report.solo import print_solo
 from kvbench.report.summary import print_summary
 from kvbench.store import is_done
 
@@ -178,7 +180,8 @@ def start(
         for group in groups:
             folders = [runs[i].cell.folder(runs[i].settings.results) for i in group if _is_done(runs[i])]
             if folders:
-                print_summary(folders, new=len(waiting))
+                summary = print_solo if runs[group[0]].settings.measure == "solo" else print_summary
+                summary(folders, len(waiting))
     else:
         from kvbench.loop import run_cells  # imports torch, as the methods did
 
@@ -227,8 +230,9 @@ def check(overrides: list[str], sweep: bool) -> dict[str, list[Any]]:
             known(group, str(name), choices(f"{group}s"))
     for budget in chosen.get("budget", []):
         Budget.parse(budget)
-    for protocol in chosen.get("protocol", []):
-        known("protocol", str(protocol), Protocol.__members__)
+    for name, kind in (("protocol", Protocol), ("measure", Measure)):
+        for value in chosen.get(name, []):
+            known(name, str(value), kind.__members__)
     return chosen
 
 

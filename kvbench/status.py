@@ -48,6 +48,9 @@ def asked(one: Run) -> Status:
     """The state of a cell that a command asks for."""
     results, limit = one.settings.results, one.settings.limit
     folder = one.cell.folder(results)
+    if one.settings.measure == "solo":
+        there = is_done(one.cell, one.settings)
+        return Status("done" if there else "missing", int(there), 1, folder.relative_to(results))
     if not (folder / HEADER).exists():
         return Status("missing", 0, limit, folder.relative_to(results))
     found = recorded(folder, results, limit)

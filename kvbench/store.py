@@ -1,5 +1,6 @@
 """A cell's folder: `header.json` says how its records were made, `examples.jsonl` holds them, one line each, and
-`timing.jsonl` the seconds and peak memory of the few examples that were timed alone.
+`timing.jsonl` the seconds and peak memory of the few examples that were timed alone. `solo.json` is what `measure=solo`
+leaves, and has nothing to do with the others.
 
 The header is written first (`status: running`) and replaced atomically; `done` comes last. A line is on disk before the
 next example starts, so a process killed at any moment loses at most the example it was working on.
@@ -28,6 +29,7 @@ FORMAT = 2  # of a cell's folder; raise it when older records can no longer be r
 HEADER = "header.json"
 EXAMPLES = "examples.jsonl"
 TIMING = "timing.jsonl"
+SOLO = "solo.json"
 
 
 class CellStore:
@@ -137,14 +139,7 @@ class CellStore:
 
     def _save(self, **changes: Any) -> None:
         self.header.update(changes)
-        path, temporary = self.folder / HEADER, self.folder / f".{HEADER}.tmp"  # ours alone: we hold the lock
-        with _disk(path):
-            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            try:
-                _write(file, json.dumps(self.header, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-            finally:
-                os.close(file)
-            os.replace(temporary, path)
+        _replace(self.folder / HEADER, self.header)
 
 
 class _Lines:
@@ -190,8 +185,10 @@ def cells(results: Path) -> Iterator[Path]:
 
 
 def is_done(cell: Cell, settings: Settings) -> bool:
-    """Whether nothing is left to do for the examples that are wanted, and their timing."""
+    """Whether nothing is left to do for the examples that are wanted, and their timing; or for `measure=solo`."""
     folder = cell.folder(settings.results)
+    if settings.measure == "solo":
+        return (folder / SOLO).exists()
     if not (folder / HEADER).exists():
         return False
     header = _read_header(folder)
@@ -200,6 +197,22 @@ def is_done(cell: Cell, settings: Settings) -> bool:
     if header["timed"] < settings.timed:
         return False
     return header["exhausted"] or (settings.limit is not None and header["examples"] >= settings.limit)
+
+
+def write_solo(cell: Cell, results: Path, found: dict[str, Any]) -> None:
+    """Keeps what was measured of a cell, in place of what was measured before."""
+    folder = cell.folder(results)
+    with _disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    about = {"format": FORMAT, "label": cell.label, "digest": cell.digest, "identity": cell.identity()}
+    _replace(folder / SOLO, _finite(about | {"measured": _now()} | found))
+
+
+def read_solo(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / SOLO).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / SOLO} can't be read ({error!r}); redo=true measures again") from error
 
 
 def _take(lock: int, folder: Path, patience: float = 1.0) -> None:
@@ -280,6 +293,18 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
         elif number < len(lines) - 1 or lines[-1]:
             raise UsageError(f"{path}, line {number}, is not a record; mend it, or redo=true starts over")
     return records, length
+
+
+def _replace(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _disk(path):
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            _write(file, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        finally:
+            os.close(file)
+        os.replace(temporary, path)
 
 
 def _write(file: int, data: bytes) -> None:

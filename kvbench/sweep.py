@@ -15,8 +15,9 @@ from hydra import initialize_config_dir
 from kvbench.config import Node, Run, register
 from kvbench.errors import UsageError
 from kvbench.list import conf_folder, user_conf_folder
-from kvbench.report.table import examples
+from kvbench.report.table import examples, solos
 from kvbench.run import BAD_INPUT, Tell, check, compose, one_line, start
+from kvbench.store import SOLO
 
 
 def evaluate(**options: Any) -> pd.DataFrame:
@@ -27,7 +28,8 @@ def evaluate(**options: Any) -> pd.DataFrame:
 
         kvbench.evaluate(method=["full", "snapkv"], budget=[0.1, 0.25], task="niah", limit=4, **{"task.context": 512})
 
-    Records are kept in `results`, and what is there already is not run again. A cell that can't be run raises
+    Records are kept in `results`, and what is there already is not run again; with measure="solo" the rows are what was
+    measured of each cell. A cell that can't be run raises
     UsageError; in a sweep it is told on stderr, and the others go on.
     """
     swept = any(isinstance(value, list) for value in options.values())
@@ -53,7 +55,10 @@ def evaluate(**options: Any) -> pd.DataFrame:
         if offline is None:
             os.environ.pop("HF_HUB_OFFLINE", None)
     limits = {run.cell.folder(run.settings.results): run.settings.limit for run in runs}
-    table = examples({folder: limit for folder, limit in limits.items() if folder.exists()})
+    if any(run.settings.measure == "solo" for run in runs):
+        table = solos(folder for folder in limits if (folder / SOLO).exists())
+    else:
+        table = examples({folder: limit for folder, limit in limits.items() if folder.exists()})
     if errors and (table.empty or not swept):
         raise UsageError(one_line(errors[0])) from errors[0]
     return table

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from kvbench.errors import UsageError
-from kvbench.store import cells, read_cell
+from kvbench.store import cells, read_cell, read_solo
+
+_ABOUT_A_CELL = ("format", "label", "digest", "identity")
 
 
 def read(results: str | Path = "results") -> pd.DataFrame:
@@ -32,6 +34,12 @@ def examples(limits: Mapping[Path, int | None]) -> pd.DataFrame:
         header, records = read_cell(folder)
         rows += [_cell(header) | record for record in records[:limit]]
     return pd.DataFrame(rows)
+
+
+def solos(folders: Iterable[Path]) -> pd.DataFrame:
+    """What `measure=solo` found of cells, a row each."""
+    found = map(read_solo, folders)
+    return pd.DataFrame([_cell(one) | {k: v for k, v in one.items() if k not in _ABOUT_A_CELL} for one in found])
 
 
 def _cell(header: dict[str, Any]) -> dict[str, Any]:
