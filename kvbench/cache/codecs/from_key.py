@@ -70,7 +70,8 @@ class FromKey(Codec):
         """The rows of W that meet keys, and those that meet embeddings, in float32."""
         assert rows.key is not None
         keys = rows.key.shape[-1] * (len(rows.layout.counts) if self.all_heads else 1)
-        return self.weight[:, :keys].float(), self.weight[:, keys:].float()
+        weight = self.weight.float()
+        return weight[:, :keys], weight[:, keys:]
 
     def _token_term(self, rows: Rows, weight: Tensor) -> Float[Tensor, "kv_heads width dim"]:
         """What the tokens' embeddings add to the estimates: computed once for each distinct token."""
@@ -128,29 +129,28 @@ class FromKey(Codec):
             if not layout.shared:
                 raise ValueError("a map over all heads needs tokens that every head holds")
             weights = weights.flatten(0, 1)[None].expand(kv_heads, -1, -1)
-        key = layout.pad(rows.key).unflatten(-1, (2, -1))
-        cos, sin = ((weights @ (key * x).flatten(2)).chunk(2, -1) for x in self._angles(rows))
+        key = layout.pad(rows.key)
+        cos, sin = ((weights @ (key * x)).chunk(2, -1) for x in self._angles(rows))  # halves of a key share angles
         mixed = torch.cat([cos[0] + sin[1], cos[1] - sin[0]], -1)
         return mixed.transpose(0, 1).flatten(1).unflatten(0, (kv_heads, -1)) if self.all_heads else mixed
 
-    def _angles(self, rows: Rows) -> list[Float[Tensor, "heads width 1 half"]]:
-        """(cos, sin) of the rows' positions, of each pair of channels once, divided by their sum of squares."""
+    def _angles(self, rows: Rows) -> list[Float[Tensor, "heads width dim"]]:
+        """(cos, sin) of the rows' positions, divided by their sum of squares."""
 
         def make(position: Tensor) -> tuple[Tensor, ...]:
             cos, sin = self.rope(position)
-            half, size = cos.shape[-1] // 2, cos.square() + sin.square()
-            return tuple((x / size)[:, :half].contiguous() for x in (cos, sin))
+            size = cos.square() + sin.square()
+            return cos / size, sin / size
 
         assert rows.position is not None
-        layout, context, position = rows.layout, rows.context, rows.position
-        if layout.shared:
-            position = position[: layout.width]
+        layout, context = rows.layout, rows.context
+        position = rows.position[: layout.width] if layout.shared else rows.position
         if context is None:
             found = make(position)
         else:
             table = context.once(("rotated back", self.rope), lambda: make(context.every_position()))
             found = tuple(x.index_select(0, position) for x in table)
-        return [(x[None] if layout.shared else layout.pad(x))[:, :, None] for x in found]
+        return [x[None] if layout.shared else layout.pad(x) for x in found]
 
     def _mixed_tokens(
         self, weights: Float[Tensor, "kv_heads new width"], rows: Rows
