@@ -289,7 +289,7 @@ def test_embeddings_and_calls_of_the_model_are_refused(model: Any) -> None:
         ({"fed": 0}, "fed=0: at least"),
         ({"dtype": "int3"}, "unknown dtype 'int3'"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_what_is_wrong_is_told_in_one_line(model: Any, given: dict[str, Any], reason: str) -> None:
     with unchanged(model), pytest.raises(UsageError, match=reason) as told, kvbench.compress(model, **given):
