@@ -62,8 +62,9 @@ def main() -> None:
     head += ["empty step", "held, MiB", "working, MiB", "prefill, s", "compress, s", "TTFT, s"]
     text = [
         f"# What a cache costs a step ({LABEL})",
-        f"Written by `benchmarks/fast_path.py`: `measure=solo` after {found['tokens_context']:,} tokens in a batch of one,"
-        f" {found['steps']} steps of each cache in turn after {found['warm']}; docs/metrics.md says what the columns are.",
+        f"Written by `benchmarks/fast_path.py`: `measure=solo` after {found['tokens_context']:,} tokens in a batch of "
+        f"one, {found['steps']} steps of each cache in turn after {found['warm']}; docs/metrics.md says what columns "
+        "mean.",
         "\n".join(f"- {name}: {value}" for name, value in machine(arguments.threads).items()),
         table(head, rows),
         "The full cache is read by stock attention from rows in float32, in which the layers compute here; `full` is "
