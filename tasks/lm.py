@@ -23,8 +23,8 @@ class LM(Task):
     """Language modelling: the NLL of a text's continuation after its beginning was compressed. Nothing is scored.
 
     An example is a stretch of one document, from its beginning or from a sentence on; plain text, no chat template.
-    Every document gives one stretch before any gives a second one. No two overlap until there is no other, and
-    documents that are too short are joined, with their neighbours in the source, only after all that are not.
+    Documents that are too short are joined with their neighbours in the source. Every document, or group of them,
+    gives one stretch before any gives a second one, and no two overlap until there is no other.
     """
 
     generates = False
@@ -156,8 +156,9 @@ def _lap(texts: Sequence[str], cutter: _Cutter, seed: str) -> Iterator[_Stretch]
                 del waiting[i]
                 if first:
                     short.append(i)
+        if first:
+            yield from _joined(texts, cutter, short)
         first = False
-    yield from _joined(texts, cutter, short)
 
 
 def _joined(texts: Sequence[str], cutter: _Cutter, order: Sequence[int]) -> Iterator[_Stretch]:

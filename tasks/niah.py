@@ -1,4 +1,3 @@
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -17,7 +16,7 @@ class NIAH(Task):
     Score: the share of the asked numbers that the answer contains (RULER's string_match_all). RULER's niah_single_1 is
     `haystack=noise`, _single_2 the default, _multikey_1 `needles=4 ask=1`, _multiquery `needles=4`.
     Differs from NVIDIA/RULER@c3f5e3b: `context` counts the prompt alone and is met exactly; each example's haystack
-    starts at another random sentence; a quarter of the texts is left to calibration; no two needles share a key or a
+    starts at a random sentence of another document, until all were used; a quarter of the texts is left to calibration; no two needles share a key or a
     number, and their order is drawn anew for each example; sentences are found by a pattern, not by punkt.
     """
 
@@ -54,7 +53,7 @@ class NIAH(Task):
         if self.context < (least := hunt.least(writer)):
             raise UsageError(f"task.context={self.context} is too short for this prompt: use {least} or more")
         # The same example however many are drawn.
-        return (hunt.draw(writer, f"niah-{seed}-{i:05d}", random.Random(f"{seed}-{i}"), i) for i in count())
+        return (hunt.draw(writer, f"niah-{seed}-{i:05d}", seed, i) for i in count())
 
     def score(self, example: Example, answer: str) -> float:
         return sum(value.lower() in answer.lower() for value in example.references) / len(example.references)

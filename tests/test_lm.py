@@ -84,11 +84,13 @@ def test_lengths_and_no_overlap(bytewise, book, size):
         assert b[:60] not in a
 
 
-def test_short_documents_are_joined_after_the_long_ones_are_used_up(bytewise, book):
+def test_short_documents_are_joined_before_a_long_one_gives_a_second_stretch(bytewise, book):
     contexts = some(bytewise, 400, text=book, context=500, continuation=20)
     joined = [context.examples[0].info["documents"] for context in contexts]
-    first = next(i for i, number in enumerate(joined) if number > 1)
-    assert first > 20
+    clusters = [context.cluster_id for context in contexts]
+    second = next(i for i, cluster in enumerate(clusters) if cluster in clusters[:i])
+    assert max(joined[:second]) > 1
+    assert second > 20
     texts = corpora.documents(book, "task")
     starts = set()
     for context in contexts:

@@ -22,26 +22,26 @@ You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 <|im_start|>user
 A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number \
 afterwards.
-This is sentence 2646, by Mr. Smith. This is sentence 2647, by Mr. Smith. This is sentence 2648, by Mr. Smith. \
-One of the special magic numbers for hurried-judgment is: 4259629. \
-This is sentence 2649, by Mr. Smith. This is sentence 2650, by Mr. Smith. This
-What is the special magic number for hurried-judgment mentioned in the provided text?<|im_end|>
+This is sentence 1894, by Mr. Smith. This is sentence 1895, by Mr. Smith. \
+One of the special magic numbers for loving-blessing is: 1783007. \
+This is sentence 1896, by Mr. Smith. This is sentence 1897, by Mr. Smith. This is sentence 1898,
+What is the special magic number for loving-blessing mentioned in the provided text?<|im_end|>
 <|im_start|>assistant
- The special magic number for hurried-judgment mentioned in the provided text is"""
+ The special magic number for loving-blessing mentioned in the provided text is"""
 WORDING_TWO = """\
 <|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 <|im_start|>user
 Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about the \
 numbers afterwards.
-One of the special magic numbers for hurried-judgment is: 4259629.
-{noise}The
-One of the special magic numbers for satisfying-liquor is: 5938064.
-What are all the special magic numbers for satisfying-liquor, and hurried-judgment mentioned in the provided text?\
+One of the special magic numbers for loving-blessing is: 9762652.
+{noise}
+One of the special magic numbers for annoyed-receipt is: 1496177.
+What are all the special magic numbers for loving-blessing, and annoyed-receipt mentioned in the provided text?\
 <|im_end|>
 <|im_start|>assistant
- The special magic numbers for satisfying-liquor, and hurried-judgment mentioned in the provided text are""".replace(
-    "{noise}", 6 * NOISE
+ The special magic numbers for loving-blessing, and annoyed-receipt mentioned in the provided text are""".replace(
+    "{noise}", (6 * NOISE).removesuffix(".\n")
 )
 
 
@@ -117,8 +117,8 @@ def test_wording(writer, book):
     (context,) = some(writer, 1, context=180, haystack=book, depths=[0.5], max_new_tokens=16)
     example = context.examples[0]
     assert writer.tokenizer.decode(prompt(writer, context)) == WORDING_ONE
-    assert example.references == ("4259629",)
-    assert example.target == " 4259629."
+    assert example.references == ("1783007",)
+    assert example.target == " 1783007."
     assert example.id == context.id == "niah-0-00000"
     assert example.max_new_tokens == 16
     (context,) = some(writer, 1, context=300, haystack="noise", needles=2, depths=[0.0, 1.0])
@@ -150,14 +150,14 @@ def test_no_calibration_text_in_any_haystack(writer):
         assert before.strip().rstrip("\ufffd") in text
         assert after.strip().rstrip("\ufffd") in text
         clusters.add(context.cluster_id)
-    assert len(clusters) > 60
+    assert len(clusters) == 163  # each document had its turn
 
 
 def test_needles_are_between_sentences_at_their_depths(writer, book):
     depths = [0.0, 0.25, 0.5, 0.75, 1.0]
     for context, depth in zip(some(writer, context=4096, haystack=book, depths=depths), depths, strict=True):
         before, _, after = writer.decode(context.ids).partition("One of the special magic numbers for ")
-        assert context.examples[0].info["depths"] == [pytest.approx(depth, abs=0.01)]
+        assert context.examples[0].info["depths"] == [pytest.approx(depth, abs=0.02)]
         assert depth == 1 or before[-2:] == (".\n" if depth == 0 else ". ")
         assert depth == 1 or ". This is sentence " in after
     for context in some(writer, haystack="noise", needles=3):

@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 import uuid
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -69,8 +70,9 @@ class Hunt:
         needles = self.keys * self.values * len(needle)
         return writer.overhead(question, prefix) + len(intro) + needles + LEAST_HAYSTACK
 
-    def draw(self, writer: Writer, name: str, draw: random.Random, index: int) -> Context:
-        """The example called `name`; `index` says where in `depths` it goes on."""
+    def draw(self, writer: Writer, name: str, seed: int, index: int) -> Context:
+        """The example called `name`; `index` says where in `depths` it goes on, and which document is its turn."""
+        draw = random.Random(name)
         keys = self._keys(draw)
         values = self._values(draw, self.keys * self.values)
         asked_keys = draw.sample(range(self.keys), self.ask)
@@ -92,7 +94,7 @@ class Hunt:
             hay, first = self._distractors(writer, draw, length, {*keys, *values}), 0
         else:
             hay = haystack(self.haystack, writer)
-            first = draw.randrange(len(hay.sentences))
+            first = hay.first(draw, seed, index)
         order = sorted(range(number), key=depths.__getitem__)
         needles = [self._needle(keys[i // self.values], values[i]) for i in order]
         ids, found = hide(writer, hay, first, length, needles, [depths[i] for i in order])
@@ -162,6 +164,12 @@ class Haystack:
         ids = np.fromiter(itertools.chain.from_iterable(tokens), np.int64, ends[-1])
         return Haystack(joint, tuple(sentences), tuple(documents), ids, np.concatenate([[0], ends[:-1]]))
 
+    def first(self, draw: random.Random, seed: int, index: int) -> int:
+        """A random sentence of the document whose turn it is: none comes twice before each has come once."""
+        lap, place = divmod(index, self.documents[-1] + 1)
+        document = _order(self.documents[-1] + 1, f"{seed}-{lap}")[place]
+        return draw.randrange(bisect_left(self.documents, document), bisect_right(self.documents, document))
+
     def read(self, first: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """`length` tokens from a sentence on, from the beginning again after the last; and where sentences start."""
         start, total = self.starts[first], len(self.ids)
@@ -169,6 +177,11 @@ class Haystack:
         once = (np.roll(self.starts, -first) - start) % total
         starts = (np.arange(-(-length // total))[:, None] * total + once).ravel()
         return ids, starts[starts < length]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(number: int, seed: str) -> list[int]:
+    return random.Random(seed).sample(range(number), number)
 
 
 @functools.lru_cache(maxsize=4)

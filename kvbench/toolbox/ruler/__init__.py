@@ -5,10 +5,8 @@ A stream is endless and random: its i-th example depends on the set, the length,
 
 from __future__ import annotations
 
-import functools
 import itertools
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -51,21 +49,21 @@ def stream(name: str, context: int, writer: Writer, seed: int) -> Iterator[Conte
     """A set's examples with prompts of at most `context` tokens. Raises UsageError if the shortest is longer."""
     if family(name) == "qa":
         return qa(name, context, writer, seed)
-    draw: Callable[[str, int, Writer], Context]
+    names = (f"{name}-{seed}-{i:05d}" for i in itertools.count())
     if name in _HUNTS:
         hunt = Hunt(context, **_HUNTS[name])
-        least, draw = hunt.least(writer), functools.partial(_niah, hunt)
-    elif name == "cwe":
-        least, draw = cwe_least(writer), cwe
+        least = hunt.least(writer)
+        found = (_niah(hunt, one, writer, seed, i) for i, one in enumerate(names))
     else:
-        least, draw = (vt_least(writer), vt) if name == "vt" else (fwe_least(writer), fwe)
+        size, draw = {"cwe": (cwe_least, cwe), "vt": (vt_least, vt), "fwe": (fwe_least, fwe)}[name]
+        least, found = size(writer), (draw(one, context, writer) for one in names)
     if context < least:
         raise too_short(name, context, least)
-    return (draw(f"{name}-{seed}-{i:05d}", context, writer) for i in itertools.count())
+    return found
 
 
-def _niah(hunt: Hunt, name: str, context: int, writer: Writer) -> Context:
-    found = hunt.draw(writer, name, random.Random(name), 0)
+def _niah(hunt: Hunt, name: str, writer: Writer, seed: int, index: int) -> Context:
+    found = hunt.draw(writer, name, seed, index)
     (example,) = found.examples
-    info = {"set": name.partition("-")[0], "context": context, "depths": example.info["depths"]}
+    info = {"set": name.partition("-")[0], "context": hunt.context, "depths": example.info["depths"]}
     return replace(found, examples=(replace(example, info=info),))
