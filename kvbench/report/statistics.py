@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -385,7 +386,12 @@ def smallest_difference(error: float, freedom: int, power: float = 0.8, alpha: f
     """
     if freedom < 1 or not error > 0:
         return math.nan
-    return float((stats.t.isf(alpha / 2, freedom) + stats.t.ppf(power, freedom)) * error)
+    return _noncentral(freedom, power, alpha) * error
+
+
+@cache
+def _noncentral(freedom: int, power: float, alpha: float) -> float:
+    return float(stats.t.isf(alpha / 2, freedom) + stats.t.ppf(power, freedom))
 
 
 def win_tie_loss(

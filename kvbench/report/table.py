@@ -32,17 +32,18 @@ def examples(limits: Mapping[Path, int | None]) -> pd.DataFrame:
     rows = []
     for folder, limit in limits.items():
         header, records = read_cell(folder)
-        rows += [_cell(header) | record for record in records[:limit]]
+        rows += [described(header) | record for record in records[:limit]]
     return pd.DataFrame(rows)
 
 
 def solos(folders: Iterable[Path]) -> pd.DataFrame:
     """What `measure=solo` found of cells, a row each."""
     found = map(read_solo, folders)
-    return pd.DataFrame([_cell(one) | {k: v for k, v in one.items() if k not in _ABOUT_A_CELL} for one in found])
+    return pd.DataFrame([described(one) | {k: v for k, v in one.items() if k not in _ABOUT_A_CELL} for one in found])
 
 
-def _cell(header: dict[str, Any]) -> dict[str, Any]:
+def described(header: dict[str, Any]) -> dict[str, Any]:
+    """What a cell is, as tables name it."""
     identity = header["identity"]
     task = dict(identity["task"])
     name = task.pop("name")
