@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check lint
+.PHONY: help setup demo test check lint check-published
 
 help:
 	@echo "make setup   the environment, the embedded model and corpora, and its calibration (minutes once, then seconds)"
@@ -9,6 +9,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make check   lint and test"
+	@echo "make check-published [TIER=quick|full] [MODEL=...]   published figures, re-made where there is a GPU and the hub"
 
 # Made with another Python: make setup PYTHON=python3.13
 .venv/.installed: pyproject.toml constraints.txt
@@ -33,3 +34,7 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 check: lint test
+
+TIER ?= quick
+check-published: .venv/.installed
+	$(BIN)/python scripts/check_published.py --tier $(TIER) $(if $(MODEL),--model $(MODEL))

@@ -138,7 +138,7 @@ class _HubSource:
         host = urlsplit(hub.constants.ENDPOINT).hostname
         if not cached and hub.constants.HF_HUB_OFFLINE:
             raise UsageError(f"{self.id} is not on this machine, and HF_HUB_OFFLINE is set: {self._advice}")
-        if not cached and not _reachable(hub.constants.ENDPOINT):
+        if not cached and not reachable(hub.constants.ENDPOINT):
             raise UsageError(f"{self.id} is not on this machine, and {host} can't be reached: {self._advice}")
         quiet = are_progress_bars_disabled()  # as a model is loaded; data sets can take minutes
         if quiet:
@@ -164,7 +164,7 @@ class _HubSource:
         return f"run `{command}`, or name a local folder instead of hub:..."
 
 
-def _reachable(url: str) -> bool:
+def reachable(url: str) -> bool:
     """Does a TCP connection to the host of `url`, or to its proxy, open within `PATIENCE` seconds?"""
     place = urlsplit(url)
     proxy = urllib.request.getproxies().get(place.scheme)

@@ -224,11 +224,11 @@ def test_reachable_gives_up_and_asks_the_proxy(monkeypatch):
         listening.listen()
         here = f"http://127.0.0.1:{listening.getsockname()[1]}"
         monkeypatch.setattr("urllib.request.getproxies", dict)
-        assert hub._reachable(here)
-        assert not hub._reachable(closed_port())
+        assert hub.reachable(here)
+        assert not hub.reachable(closed_port())
         monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": here})
         monkeypatch.setattr("urllib.request.proxy_bypass", lambda host: False)
-        assert hub._reachable("https://hub.invalid")
+        assert hub.reachable("https://hub.invalid")
     monkeypatch.setattr("urllib.request.getproxies", dict)
 
     def silent(*_: object) -> None:
@@ -238,7 +238,7 @@ def test_reachable_gives_up_and_asks_the_proxy(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", silent)
     monkeypatch.setattr(hub, "PATIENCE", 0.2)
     began = time.perf_counter()
-    assert not hub._reachable("https://silent.invalid")
+    assert not hub.reachable("https://silent.invalid")
     assert time.perf_counter() - began < 2
 
 
