@@ -64,6 +64,8 @@ COLUMNS = (
     *("bytes_held", "bytes_full", "share", *BYTES[2:], "tiers", *SECONDS, *OWN),
     *("commit", "dirty", "version", "weights", "data", "hardware", "marks"),
 )
+COUNTS = ("n", "clusters", "n_full", "n_baseline", "win", "tie", "loss")  # 0 where nothing was compared
+WORDS = ("interval", "test", "adjust", "declared")  # and empty
 
 
 @dataclass
@@ -142,10 +144,6 @@ def aggregate(
         for row, adjusted in zip(members, (holm if how == "holm" else benjamini_hochberg)(p), strict=True):
             row.found |= {"p_adjusted": adjusted, "adjust": how, "declared": name if how == "holm" else ""}
     table = pd.DataFrame([_columns(row, baseline) for row in rows], columns=list(COLUMNS))
-    for name in ("win", "tie", "loss", "n", "clusters", "n_full", "n_baseline"):
-        table[name] = table[name].fillna(0).astype(int)
-    for name in ("interval", "test", "adjust", "declared"):
-        table[name] = table[name].fillna("")
     order = ["task", "model", "protocol", "generate", "seed", "metric", "method", "budget"]
     return table.sort_values(order, key=_sorted, kind="stable", ignore_index=True)
 
@@ -230,7 +228,7 @@ def _read(folder: Path, results: Path) -> _Cell:
         **{name: _mean(records, name) for name in (*BYTES, *SECONDS)},
         "share": held / full if full else np.nan,
         "tiers": _tiers(records),
-        **{name: own.get(name) for name in OWN},
+        **{name: _mean([own], name) for name in OWN},
         **process,
         "weights": weights or "",
         "data": about.get("data", ""),
@@ -357,7 +355,7 @@ def _rows(alike: list[_Cell], baseline: str) -> list[_Row]:
             elif metric in cell.values:
                 row = _Row(cell, metric, _spread(cell, metric, len(index)))
                 row.full = _difference(row, full, "full cache", len(index))
-                row.base = row.full if base is full else _difference(row, base, "baseline", len(index))
+                row.base = row.full if base and base is full else _difference(row, base, "baseline", len(index))
                 rows.append(row)
     return rows
 
@@ -431,10 +429,11 @@ def _estimate(alike: list[_Cell], rows: list[_Row], tests: int, resamples: int |
         p = p_values(matrix[:, tested], shape, np.random.default_rng(0), tests=tests, resamples=resamples)
         chance = dict(zip(tested, zip(p.p, p.test, strict=True), strict=True))
         for i, ((row, what, _), one) in enumerate(zip(jobs, found, strict=True)):
+            row.marks += ["few clusters"] * one.few
             if what == "values":
                 row.found |= {"n": one.n, "clusters": one.clusters, "interval": one.made, "median": medians[i]}
                 row.found |= _ends("mean", one)
-                row.marks += ["few clusters"] * one.few + ["nothing varies"] * (one.made == "exact")
+                row.marks += ["nothing varies"] * (one.made == "exact")
             if what == "full":
                 row.found |= _ends("vs_full", one) | {"n_full": one.n}
             if i in chance:
@@ -492,4 +491,5 @@ def _flips(rows: list[_Row]) -> None:
 def _columns(row: _Row, baseline: str) -> dict[str, Any]:
     marks = "; ".join(dict.fromkeys([*row.cell.marks, *row.marks]))
     said = {"metric": row.metric, "better": BETTER[row.metric], "baseline": baseline, "marks": marks}
-    return row.cell.facts | said | row.found
+    numbers: dict[str, Any] = dict.fromkeys(COUNTS, 0) | dict.fromkeys(WORDS, "") | row.found
+    return row.cell.facts | said | numbers
