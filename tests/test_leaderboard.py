@@ -375,6 +375,25 @@ def test_an_address_opens_a_cell(opened: Any) -> None:
     assert cell["folder"] in view.page.get_by_role("dialog").inner_text()
 
 
+def test_a_thousand_cells(browser: Any, results: Path, tmp_path: Path) -> None:
+    """Rows come in two steps, and the panels of a plot are limited."""
+    found = payload(aggregate(results), results, "full", examples=0, characters=0)
+    once = found["cells"]
+    found["cells"] = [
+        c | {"cell": f"{c['cell']}-{i}", "seed": i, "full": None, "beside": []} for c in once for i in range(24)
+    ]
+    file = tmp_path / "big.html"
+    file.write_text(page(found), encoding="utf-8")
+    view = Opened(browser, file)
+    assert view.rows().count() == 250
+    assert view.page.locator("figure").count() == 12
+    view.page.get_by_role("button", name="Show all").click()
+    view.shows(len(found["cells"]))
+    assert view.page.evaluate("document.activeElement.closest('tr').rowIndex") == 251
+    assert view.trouble == []
+    view.context.close()
+
+
 def test_what_failed_says_why(opened: Any) -> None:
     view = opened()
     for status in ("failed", "infeasible"):

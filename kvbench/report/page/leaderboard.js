@@ -158,7 +158,7 @@
     const groups = [...Map.groupBy(plotted, (cell) => settingKey(cell)).values()].sort((a, b) => b.length - a.length || compare(settingText(a[0]), settingText(b[0])));
     const held = groups.slice(0, PANELS).sort((a, b) => compare(settingText(a[0]), settingText(b[0])));
     at("panels").className = held.length === 1 ? "single" : "";
-    const figures = held.map((group) => make("figure", {}, make("figcaption", {}, settingText(group[0]))));
+    const figures = held.map((group) => make("figure", {}, make("figcaption", { title: settingText(group[0]) }, settingText(group[0]))));
     at("panels").replaceChildren(...figures);
     figures.forEach((figure, i) => figure.append(panel(held[i], figure.clientWidth, held.length === 1)));
     const notes = [];
@@ -347,7 +347,7 @@
 
   // `of`: what a column sorts by. `best`: first when its header is pressed first; text goes up, else ("high") down.
   const metricSign = () => (metricOf[state.metric]?.better === "higher" ? "high" : "low");
-  const text = (name, label, extra = {}) => ({ name, label, of: (cell) => cell[name], show: (cell) => [cell[name] ?? ""], ...extra });
+  const text = (name, label, extra = {}) => ({ name, label, of: (cell) => cell[name], show: (cell) => [make("div", { class: "text", title: cell[name] }, cell[name] ?? "")], ...extra });
   const numeric = (name, label, form, best = "low", of = (cell) => cell[name]) => ({ name, label, of, show: (cell) => [form(of(cell))], number: true, best: () => best });
   // A distance to the full cache is its own difference.
   const distance = () => ["kl_full", "agree_full"].includes(state.metric);
@@ -365,7 +365,7 @@
       ...text("method", "Method"),
       show: (cell) => [glyph(family(cell)), " ", make("button", { type: "button", class: "link", title: cell.method, "aria-haspopup": "dialog" }, cell.method), make("span", { class: "under" }, settingText(cell))],
     },
-    text("budget", "Budget", { of: (cell) => budgetOrder(cell.budget), number: true }),
+    text("budget", "Budget", { show: (cell) => [cell.budget], of: (cell) => budgetOrder(cell.budget), number: true }),
     ...Object.entries(SETTING).filter(([name]) => varying.includes(name)).map(([name, label]) => text(name, label, { narrow: true })),
     {
       name: "value", label: "Value", number: true, best: metricSign, of: (cell) => value(cell),
@@ -419,7 +419,9 @@
     const [name, way] = state.sort.split(":");
     const first = column.best?.() === "high" ? "down" : "up";
     state.sort = `${column.name}:${name === column.name ? (way === "up" ? "down" : "up") : first}`;
-    update();
+    writeState();
+    renderHead();
+    renderTable(chosen());
   }
 
   function buildHead() {
@@ -445,14 +447,15 @@
     });
   }
 
+  const ROWS = 250; // so many at first: a thousand rows take a while to lay out
   let order = []; // the cells of the table, as they stand
-  function renderTable(shown) {
+  function renderTable(shown, all = false) {
     const [lows, highs] = ["vs_full_low", "vs_full_high"].map((end) => shown.map((cell) => value(cell, end) ?? value(cell, "vs_full")).filter(known).sort((a, b) => a - b));
     const most = (sorted, share) => sorted[Math.round(share * (sorted.length - 1))] ?? 0;
     reach = [Math.min(0, most(lows, 0.1)), Math.max(0, most(highs, 0.9))];
     if (reach[0] === reach[1]) reach = [-1, 1];
     order = sorted(shown);
-    at("body").replaceChildren(...order.map((cell) => {
+    at("body").replaceChildren(...order.slice(0, all ? order.length : ROWS).map((cell) => {
       const row = make("tr", {}, COLUMNS.map((column, i) => {
         if (column.off?.()) return make("td", { hidden: true });
         const kind = [column.number ? "number" : "", column.narrow ? "narrowed" : "", column.marks ? "marks" : ""].join(" ").trim() || null;
@@ -461,9 +464,15 @@
       row.cell = cell;
       return row;
     }));
+    at("rest").hidden = all || order.length <= ROWS;
+    at("rest").textContent = `Show all ${plural(order.length, "row")}`;
     at("count").textContent = shown.length === cells.length ? plural(cells.length, "cell") : `${shown.length} of ${plural(cells.length, "cell")}`;
   }
 
+  at("rest").addEventListener("click", () => {
+    renderTable(chosen(), true);
+    at("body").children[ROWS].querySelector("button").focus();
+  });
   at("body").addEventListener("click", (event) => {
     const row = event.target.closest("tr");
     if (row && getSelection().isCollapsed) open(row.cell, row.querySelector("button"));
