@@ -201,7 +201,8 @@ def print_table(table: pd.DataFrame, rows: int = 40) -> None:
 
 def _between(row: Mapping[Any, Any], *names: str) -> str:
     mean, low, high = (row[name] for name in names)
-    return "" if np.isnan(mean) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    ends = "" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]"
+    return "" if np.isnan(mean) else f"{mean:.3f}{ends}"
 
 
 # -- reading --
