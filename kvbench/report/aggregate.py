@@ -249,10 +249,15 @@ def _read(folder: Path, results: Path) -> _Cell:
         versions=(process["commit"], process["version"]),
         ids=[record["id"] for record in records],
         clusters=[record["cluster_id"] for record in records],
-        strata=["/".join(str(info[name]) for name in ("set", "part") if name in info) for info in infos],
+        strata=[sub_task(info) for info in infos],
         values={name: values for name in BETTER if (values := _numbers(records, name)) is not None},
         marks=marks,
     )
+
+
+def sub_task(info: Mapping[str, Any]) -> str:
+    """Which part of a task an example is of, from its record's `info`; most tasks have none."""
+    return "/".join(str(info[name]) for name in ("set", "part") if name in info)
 
 
 def _numbers(records: Sequence[Mapping[str, Any]], name: str) -> Float[ndarray, " examples"] | None:
