@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -115,9 +115,9 @@ def held_out(runs: Sequence[Run], maps: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["id", "value", "cluster", "stratum"])
 
 
-@cache
+@lru_cache(maxsize=1)
 def _loaded(config: str) -> Model:
-    """One model at a time would do; repeats come one after another."""
+    """One model at a time: repeats come one after another."""
     from kvbench.model import load_model
 
     return load_model(ModelConfig(**json.loads(config)))
