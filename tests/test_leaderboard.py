@@ -133,6 +133,17 @@ def test_examples_are_few_and_clipped(results: Path) -> None:
     assert len(page(payload(aggregate(results), results, "full", 0, 0))) < len(page(found))
 
 
+def test_what_is_remade_has_its_baseline(results: Path) -> None:
+    found = payload(aggregate(results, baseline="snapkv"), results, "snapkv", examples=0, characters=0)["cells"]
+    for cell in found:
+        beside = [found[i]["method"] for i in cell["beside"]]
+        assert set(beside) == {"full", "snapkv"} - {cell["method"]} - (
+            {"snapkv"} if cell["method"] == "full" else set()
+        )
+        base = "full" if cell["method"] == "full" else "snapkv"
+        assert cell["again"] == f"python scripts/aggregate.py remade --baseline {base}"
+
+
 def test_it_needs_no_torch() -> None:
     code = "import sys, kvbench.report.leaderboard; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

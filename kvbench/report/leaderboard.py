@@ -60,7 +60,6 @@ def payload(table: pd.DataFrame, results: Path, baseline: str, examples: int, ch
         "baseline": baseline,
         "results": str(results),
         "aggregate": aggregation(str(results), baseline),
-        "aggregate_remade": aggregation("remade", baseline),
         "metrics": [],
         "fields": OF_METRIC,
         "processes": [],
@@ -104,13 +103,15 @@ def aggregation(results: str, baseline: str) -> str:
 
 
 def _pair(cells: list[dict[str, Any]], baseline: str) -> None:
-    """Says of each cell which one is the full cache's in its setting, and which ones it is compared with."""
+    """Says of each cell which one is the full cache's in its setting, which ones it is compared with, and how again."""
     places = {(cell["method"], cell["budget"], *(cell[key] for key in SETTING)): i for i, cell in enumerate(cells)}
     for i, cell in enumerate(cells):
         setting = tuple(cell[key] for key in SETTING)
         cell["full"] = places.get(("full", "1", *setting))
         compared = places.get((baseline, cell["budget"], *setting), places.get((baseline, "1", *setting)))
         cell["beside"] = sorted({one for one in (cell["full"], compared) if one is not None} - {i})
+        remade = [cells[one]["method"] for one in (*cell["beside"], i)]
+        cell["again"] = aggregation("remade", next(one for one in (baseline, "full", cell["method"]) if one in remade))
 
 
 def page(found: dict[str, Any]) -> str:

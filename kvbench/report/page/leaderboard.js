@@ -524,7 +524,9 @@
     (opener?.isConnected ? opener : at("cells")).focus();
     opener = null;
   });
-  at("details").addEventListener("click", (event) => { if (event.target === at("details")) at("details").close(); });
+  at("details").addEventListener("click", (event) => {
+    if (event.target === at("details") && event.clientX < at("details").getBoundingClientRect().left) at("details").close();
+  });
 
   function quality(cell) {
     const measured = data.metrics.filter(({ name }) => known(cell.metrics[name]?.mean));
@@ -540,9 +542,9 @@
       ...(data.baseline === "full" ? [] : [[`Δ ${data.baseline}`, (m) => (same(data.baseline) ? "" : `${number(m.vs_baseline, true)} ${interval(m.vs_baseline_low, m.vs_baseline_high, true)}`)]]),
       [`p against ${data.baseline}, adjusted`, p],
       ["win, tie, loss", (m) => (known(m.p) ? `${count(m.win)}, ${count(m.tie)}, ${count(m.loss)}` : "")],
-      ["flips against full", (m) => (known(m.flips) ? percent(m.flips) : "")],
+      ["flips against full", (m, name) => (name === "score" ? percent(m.flips) : "")],
       ["smallest difference it could see", (m) => number(m.smallest_difference)],
-    ].map(([label, show]) => [label, measured.map(({ name }) => show(cell.metrics[name]) ?? "")]).filter(([, shown]) => shown.some(Boolean));
+    ].map(([label, show]) => [label, measured.map(({ name }) => show(cell.metrics[name], name) ?? "")]).filter(([, shown]) => shown.some(Boolean));
     return part("Quality", make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Quality" }, make("table", {},
       make("thead", {}, make("tr", {}, make("td"), measured.map(({ label, better }) => make("th", { scope: "col", class: "number" }, label, make("span", { class: "interval", title: `${better} is better` }, better === "higher" ? " ↑" : " ↓"))))),
       make("tbody", {}, rows.map(([label, shown]) => make("tr", {}, make("th", { scope: "row" }, label), shown.map((one) => make("td", { class: "number" }, one))))))));
@@ -632,7 +634,7 @@
     return part("Make it again",
       make("p", { class: "note" }, `The numbers from these records: the rows with cell ${cell.cell} of the table that this writes.`), block([data.aggregate]),
       make("p", { class: "note" }, `The records, and the numbers from them${runs.length > 1 ? "; what the cell is compared with is run too" : ""}. Adjusted p-values depend on all comparisons of a table.${process?.dirty ? " They were made with uncommitted changes: the commit alone may differ." : ""}`),
-      block([...(process?.commit ? [`git checkout ${process.commit}`] : []), ...runs, data.aggregate_remade]));
+      block([...(process?.commit ? [`git checkout ${process.commit}`] : []), ...runs, cell.again]));
   }
 
   // ---- theme ----------------------------------------------------------------------------------------------------
@@ -675,6 +677,11 @@
       ended.length ? `records of ${[...new Set([ended[0], ended.at(-1)].map((time) => time.slice(0, 10)))].join(" to ")}` : null].filter(Boolean).join(" · ");
   }
 
+  function openAsked() {
+    const asked = cells.find((cell) => cell.cell === state.cell);
+    if (asked) open(asked);
+  }
+
   setTheme(theme);
   readState();
   buildFilters();
@@ -682,9 +689,14 @@
   showState();
   summary();
   render();
-  const asked = cells.find((cell) => cell.cell === state.cell);
-  if (asked) open(asked);
-  addEventListener("hashchange", () => { if (location.hash === "#cells") return; readState(); showState(); render(); });
+  openAsked();
+  addEventListener("hashchange", () => {
+    if (location.hash === "#cells") return;
+    readState();
+    showState();
+    render();
+    openAsked();
+  });
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; cancelAnimationFrame(waiting); waiting = requestAnimationFrame(render); } });
 })();
