@@ -250,6 +250,12 @@ def test_what_is_asked_for():
             chosen(CHECKS, *asked)
 
 
+def test_the_page_lists_every_check():
+    page = (ROOT / "docs" / "published.md").read_text()
+    listed = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(listed) == sorted(CHECKS)
+
+
 def test_what_the_field_has_published_is_encoded():
     values = {name: found.values for name, found in CHECKS.items()}
     assert values["ruler4k_full_llama3.1_8b"] == {"full": 95.7}
@@ -309,6 +315,28 @@ def test_a_gate_and_what_is_behind_it_on_the_embedded_model(tmp_path, capsys):
     assert "gate not passed: full is FAIL" in told
     assert [folder.stat().st_mtime_ns for folder in folders] == before
     assert proved(checks, results / "published") == {}
+
+
+def test_held_out_r2_is_that_of_the_fits(tiny, own_cache, tmp_path, monkeypatch, capsys):
+    """Each repeat is a fit; a cell that can't be had is told, and its claim is inconclusive."""
+    monkeypatch.setattr("kvbench.published._loaded", lambda config: tiny)
+    one = check(
+        tmp_path,
+        metric="held_out_r2:key.layer",
+        margin="0.5",
+        options="{model: smollm2-135m, task: niah, method: vector_paper, method.texts: [pydoc]}",
+        repeats="[{method.calibration_tokens: 8192}, {method.calibration_tokens: 10240}]",
+        cells="{here: {method.base: keydiff}, elsewhere: {method.base: keydiff, method.texts: [nowhere]}}",
+        values="{here: 0.5, elsewhere: 0.5}",
+    )
+    run_checks({"one": one}, "quick", tmp_path / "results")
+    told = capsys.readouterr().out
+    assert "SKIPPED       one  elsewhere: nowhere is neither a text file" in told
+    said = json.loads((tmp_path / "results" / "published" / "one.json").read_text())
+    here, elsewhere = said["findings"]
+    assert here["n"] == 2
+    assert here["mean"] < 1
+    assert elsewhere["why"] == "no records of elsewhere"
 
 
 # -- trust --
