@@ -142,6 +142,18 @@ def chosen(table: pd.DataFrame, tasks: Sequence[str] = (), methods: Sequence[str
     return table
 
 
+def alone(rows: pd.DataFrame) -> None:
+    """Refuses two cells where tables and figures have room for one: they differ in what neither shows."""
+    where = [*SETTING, "method", "budget"]
+    twice = rows[rows.duplicated(where, keep=False)].sort_values(where, kind="stable")
+    if len(twice):
+        one, other = twice.iloc[0], twice.iloc[1]
+        raise UsageError(
+            f"two cells are {one['method']} at {one['budget']} in {one['task']}, {one['protocol']}, {one['model']}: "
+            f"{one['folder']} and {other['folder']}; keep one of them"
+        )
+
+
 def panels(
     table: pd.DataFrame, metric: str = "score", x: str = "share", reference: tuple[float, float] | None = None
 ) -> list[Panel]:
@@ -201,14 +213,7 @@ def _panel(rows: pd.DataFrame, x: str, reference: tuple[float, float] | None) ->
     if rows.empty:
         return None
     about = rows.iloc[0]
-    task = str(about["task"])
-    twice = rows[rows.duplicated(["method", "budget"], keep=False)]
-    if len(twice):
-        one = twice.iloc[0]
-        where = ", ".join(twice.loc[twice["method"].eq(one["method"]) & twice["budget"].eq(one["budget"]), "folder"])
-        raise UsageError(
-            f"several cells are {one['method']} at {one['budget']} in {task}: {where}; move all but one away"
-        )
+    alone(rows)
     usable = _usable(rows, x)
     sign = 1 if about["better"] == "higher" else -1
     ends = ["low", "high"] if sign > 0 else ["high", "low"]
