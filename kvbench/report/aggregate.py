@@ -149,11 +149,12 @@ def aggregate(
 
 
 def _sorted(column: pd.Series) -> pd.Series:
-    return column.map(_size) if column.name == "budget" else column
+    return column.map(budget_order) if column.name == "budget" else column
 
 
 @cache
-def _size(budget: str) -> tuple[str, float]:
+def budget_order(budget: str) -> tuple[str, float]:
+    """By which budgets are sorted."""
     parsed = Budget.parse(budget)
     return parsed.unit, float(parsed.amount)
 

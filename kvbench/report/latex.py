@@ -21,7 +21,7 @@ import pandas as pd
 from kvbench.cell import slug
 from kvbench.errors import UsageError
 from kvbench.plugins import known
-from kvbench.report.aggregate import RANGE, sub_task
+from kvbench.report.aggregate import RANGE, budget_order, sub_task
 from kvbench.report.pareto import RUN, alone
 from kvbench.report.statistics import Clusters, paired
 from kvbench.report.style import SETTING, file_names, short
@@ -197,8 +197,8 @@ def _rows(columns: Sequence[Column]) -> pd.DataFrame:
 
 
 def _budgets(rows: pd.DataFrame) -> list[str]:
-    """In the table's order; the full cache's is none."""
-    return list(dict.fromkeys(rows.loc[rows["method_name"] != "full", "budget"]))
+    """Without the full cache's, which is none."""
+    return sorted(rows.loc[rows["method_name"] != "full", "budget"].unique(), key=budget_order)
 
 
 def _at(rows: pd.DataFrame, budget: str) -> pd.DataFrame:
@@ -207,13 +207,13 @@ def _at(rows: pd.DataFrame, budget: str) -> pd.DataFrame:
 
 def _tables(name: str, what: str, columns: Sequence[Column], each: bool) -> list[Table]:
     """As many tables as it takes for them to fit a page. `each`: bytes beside each column, else once, in the last."""
-    order = _rows(columns).drop_duplicates("method").sort_values(["family", "method"])[["family", "method"]]
     most = 4 if each else 6
-    blocks = [
-        (columns[i : i + most], order.iloc[j : j + LINES])
-        for i in range(0, len(columns), most)
-        for j in range(0, len(order), LINES)
-    ]
+    blocks = []
+    for some in (columns[i : i + most] for i in range(0, len(columns), most)):
+        cells = _rows(some)
+        order = cells.drop_duplicates("method").sort_values(["family", "method"])[["family", "method"]]
+        parts = [order.iloc[i : i + LINES] for i in range(0, len(order), LINES)]
+        blocks += [(some, part) for part in parts if _ended(cells[cells["method"].isin(part["method"])]).any()]
     found = []
     for i, (some, rows) in enumerate(blocks):
         part = f" (part {i + 1} of {len(blocks)})" if len(blocks) > 1 else ""

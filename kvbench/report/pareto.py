@@ -66,7 +66,7 @@ def frontier(cost: Points, quality: Points, alike: float = 0.0) -> Bool[np.ndarr
     return ~((cost <= least * (1 + alike)) & (better >= 0) & ((most < least) | (better > 0))).any(axis=1)
 
 
-def reach(cost: Points, quality: Points) -> tuple[Points, Points]:
+def reach(cost: Points, quality: Points) -> tuple[Float[np.ndarray, " rises"], Float[np.ndarray, " rises"]]:
     """The best quality at each cost or less: costs at which it rises, and what it rises to."""
     order = np.lexsort((-quality, cost))
     best = np.maximum.accumulate(quality[order])
@@ -240,7 +240,7 @@ def _panel(rows: pd.DataFrame, x: str, reference: tuple[float, float] | None) ->
         points=points,
         full=tuple(full[["quality", "low", "high"]].iloc[0]) if len(full) else None,
         reference=reference,
-        left_out=", ".join(f"{count} {what}" for what, count in left.items() if count),
+        left_out=", ".join(f"{count} {what}" for what, count in left.sort_index().items()),
     )
 
 
