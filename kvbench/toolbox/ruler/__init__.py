@@ -54,9 +54,12 @@ def stream(name: str, context: int, writer: Writer, seed: int) -> Iterator[Conte
         hunt = Hunt(context, **_HUNTS[name])
         least = hunt.least(writer)
         found = (_niah(hunt, one, writer, seed, i) for i, one in enumerate(names))
+    elif name == "cwe":
+        least, found = cwe_least(writer), (cwe(one, context, writer) for one in names)
+    elif name == "vt":
+        least, found = vt_least(writer), (vt(one, context, writer) for one in names)
     else:
-        size, draw = {"cwe": (cwe_least, cwe), "vt": (vt_least, vt), "fwe": (fwe_least, fwe)}[name]
-        least, found = size(writer), (draw(one, context, writer) for one in names)
+        least, found = fwe_least(writer), (fwe(one, context, writer) for one in names)
     if context < least:
         raise too_short(name, context, least)
     return found
