@@ -23,7 +23,7 @@ from kvbench.errors import UsageError
 from kvbench.plugins import known
 from kvbench.report.aggregate import RANGE, budget_order, sub_task
 from kvbench.report.pareto import RUN, alone
-from kvbench.report.statistics import Clusters, paired
+from kvbench.report.statistics import Clusters, intervals
 from kvbench.report.style import SETTING, file_names, short
 from kvbench.store import read_cell
 
@@ -116,7 +116,7 @@ def column(title: str, rows: pd.DataFrame, read: Read) -> Column:
         top = (max if first["better"] == "higher" else min)(means.values())
         best = {name for name, mean in means.items() if mean == top}
         theirs, widest = read(cells[min(best)]["folder"]), RANGE[first["metric"]][1]
-        near = {name for name in means.keys() - best if alike(read(cells[name]["folder"]), theirs, widest)}
+        near = alike({name: read(cells[name]["folder"]) for name in means.keys() - best}, theirs, widest)
     return Column(title, cells, fulls[0] if fulls else None, frozenset(best), frozenset(near))
 
 
@@ -124,22 +124,24 @@ def _ended(rows: pd.DataFrame) -> pd.Series:
     return rows["status"].eq("done") & rows["mean"].notna()
 
 
-def alike(ours: pd.DataFrame, theirs: pd.DataFrame, widest: float) -> bool:
-    """Whether the paired difference's interval contains 0, or there are too few documents for one.
+def alike(others: Mapping[str, pd.DataFrame], best: pd.DataFrame, widest: float) -> set[str]:
+    """The cells whose paired difference from the best has an interval that contains 0, or too few documents for one.
 
     `widest` is how far two values can be apart.
     """
-    both = ours.join(theirs["value"].rename("theirs"), how="inner")
-    if both.empty:
-        return False
-    found = paired(
-        both["value"].to_numpy(float),
-        both["theirs"].to_numpy(float),
-        Clusters(list(both["cluster"]), list(both["sub_task"])),
-        np.random.default_rng(0),
-        bounds=(-widest, widest),
-    )
-    return not (found.low > 0 or found.high < 0)
+    same: dict[tuple[str, ...], list[str]] = {}  # cells that share the same examples with the best
+    for name, cell in others.items():
+        same.setdefault(tuple(best.index.intersection(cell.index, sort=False)), []).append(name)
+    found = set()
+    for ids, names in same.items():
+        if ids:
+            theirs = best.loc[list(ids)]
+            differences = [others[name].loc[list(ids), "value"] - theirs["value"] for name in names]
+            clusters = Clusters(list(theirs["cluster"]), list(theirs["sub_task"]))
+            matrix, rng = np.stack(differences, axis=1).astype(float), np.random.default_rng(0)
+            each = intervals(matrix, clusters, rng, bounds=(-widest, widest))
+            found |= {name for name, one in zip(names, each, strict=True) if not (one.low > 0 or one.high < 0)}
+    return found
 
 
 def values(folder: Path, metric: str) -> pd.DataFrame:
@@ -249,7 +251,7 @@ def _table(name: str, what: str, columns: Sequence[Column], order: pd.DataFrame,
             for column in columns:
                 row += [_value(column, method, digits), _share([column], method)][:spans]
             lines.append(" & ".join(row + ([] if each else [_share(columns, method)])) + r" \\")
-    notes = _notes(cells, texts)
+    notes = _notes(cells, texts, missing=len(cells) < len(texts) * len(columns))
     return "\n".join(
         [
             r"% \usepackage{booktabs}",
@@ -314,7 +316,7 @@ def _caption(cells: pd.DataFrame, columns: Sequence[Column], what: str) -> str:
     made = ", ".join(MADE[name] for name in MADE if name in set(done["interval"]))
     full = _range(done["bytes_full"] / 1e6, 1)
     return (
-        rf"{METRICS[metric]} ({better} is better) {escape(what)}: means over $n$ = {_range(done['n'])} examples from "
+        rf"{METRICS[metric]} ({better} is better) {escape(what)}: means over $n$~=~{_range(done['n'])} examples from "
         rf"{_range(done['clusters'])} documents, their 95\,\% interval as sub- and superscript ({made}). "
         rf"Bytes: measured, held for the context, in \% of the full cache's ({full}\,MB). "
         r"Bold: the best method; underlined: not to be told from it (the 95\,\% interval of the paired difference "
@@ -327,9 +329,11 @@ def _range(numbers: pd.Series, digits: int = 0) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _notes(cells: pd.DataFrame, texts: Mapping[str, str]) -> str:
+def _notes(cells: pd.DataFrame, texts: Mapping[str, str], missing: bool) -> str:
     """What a reader has to know of single cells."""
     notes = [f"{escape(text)}: {escape(method)}." for method, text in texts.items() if text != method]
+    if missing:
+        notes.append("--: not run.")
     states = set(cells["status"])
     if "infeasible" in states:
         notes.append("inf.: the method has no plan within this budget.")
