@@ -5,6 +5,7 @@ Everything is made from the table of `kvbench.report.aggregate`: what is uncerta
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import NullLocator
 from scipy import stats
 
 from kvbench.cell import slug
@@ -356,8 +357,8 @@ def _draw(panel: Panel, look: dict[str, Look]) -> Figure:
     points, sign = panel.points, panel.sign
     bright = highlighted(panel)
     on = set(points.loc[points["on_frontier"], "method"])
-    texts = short(list(points["method"].unique()))
-    size = 7.0 if len(texts) <= 12 else 5.5
+    texts = short(list(points["method"].unique()), 22)
+    size = 6.5 if len(texts) <= 12 else 5.5
     gap = 1.2 * size / 72
     left, bottom, top = (0.48 if sign > 0 else 0.66), 0.56, 0.22
     right = 0.33 + max(width(text, size, label in on) for label, text in texts.items())
@@ -379,7 +380,7 @@ def _draw(panel: Panel, look: dict[str, Look]) -> Figure:
         axis.axhspan(low, up, color=INK, alpha=0.05, lw=0, zorder=0)
     _names(axis, labels, size, gap / tall, COLUMN - left - right)
     figure.text(0.01, 1 - 0.05 / high, panel.title, va="top", size=7)
-    axis.set_xlabel(COSTS[panel.x][0], labelpad=1)
+    axis.set_xlabel(COSTS[panel.x][0], labelpad=1, loc="left")
     axis.set_ylabel(QUALITIES[panel.metric] + ("" if sign > 0 else "\n(lower is better)"), labelpad=2)
     corner: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 0.0), "borderaxespad": 0.1}
     style: dict[str, Any] = {"ncols": 2, "frameon": False, "fontsize": 7, "handlelength": 1.8, "columnspacing": 1.2}
@@ -423,9 +424,9 @@ def _scales(axis: Axes, panel: Panel) -> None:
     low, high = cost.min(), max(cost.max(), min(panel.reference[0], 4 * cost.max()))
     pad = (high / low) ** 0.04
     axis.set_xlim(low / pad, high * pad)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    ticks = _ticks(low / pad, high * pad)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
     shown = panel.sign * np.append(panel.points["quality"].to_numpy(float), panel.full[0] if panel.full else [])
     if panel.metric == "kl_full" and (shown > 0).any():
         least = 10 ** np.floor(np.log10(shown[shown > 0].min()))
@@ -434,6 +435,17 @@ def _scales(axis: Axes, panel: Panel) -> None:
     else:
         bottom, above = min(shown.min(), 0.0 if panel.metric == "score" else np.inf), shown.max()
         axis.set_ylim(bottom - 0.04 * (above - bottom), above + 0.06 * (above - bottom))
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a log axis, three or more where there are so many."""
+    tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ("1", "125", "12357"):
+        ticks = [float(f"{step}e{ten}") for ten in tens for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks
 
 
 @dataclass(frozen=True)
