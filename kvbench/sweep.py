@@ -66,12 +66,17 @@ def evaluate(**options: Any) -> pd.DataFrame:
 
 def composed(options: dict[str, Any]) -> Node:
     """The configuration that some options of the command line make, nothing swept. Raises UsageError."""
-    overrides = words(options)
+    return composed_words(words(options))
+
+
+def composed_words(overrides: list[str]) -> Node:
+    """The same of options as the command line has them."""
     try:
         check(overrides, sweep=False)
         register()
         if folder := user_conf_folder():
-            overrides.append(f"hydra.searchpath=[kvbench://plugins,{_written(f'file://{folder.absolute()}')}]")
+            path = f"hydra.searchpath=[kvbench://plugins,{_written(f'file://{folder.absolute()}')}]"
+            overrides = [*overrides, path]
         with initialize_config_dir(str(conf_folder().absolute()), version_base="1.3"):
             return hydra.compose("config", overrides)
     except BAD_INPUT as error:

@@ -14,7 +14,7 @@ from kvbench.plan import Infeasible, LayerPlan, Plan, keep_all
 from kvbench.plugins import build_method, load
 from kvbench.prefill import Seen
 from kvbench.toolbox.routers import as_mass, byte_limits, hull_route
-from kvbench.toolbox.tiers import quality, tier
+from kvbench.toolbox.tiers import fixed_bytes, quality, tier
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,14 @@ class Compose(Delegate):
         tiers = tuple(tier(name) for name in self.tiers)
         costs = [budget.charged(*one.row_bytes(seen.dim, seen.dtype)) for one in tiers]
         layers, kv_heads = len(seen.layers), seen.layers[0].key.shape[0]
-        counts = budget.charged(0, 4 * len(tiers) * layers * kv_heads)  # each tier's rows, per head
-        if budget.limit - counts < layers * kv_heads * min(costs):
-            raise Infeasible(counts + layers * kv_heads * min(costs), budget.limit)
+        # What the codecs keep once, and each tier's rows, per head.
+        fixed = layers * budget.charged(
+            0, fixed_bytes(tiers, kv_heads, seen.dim, seen.dtype) + 4 * len(tiers) * kv_heads
+        )
+        if budget.limit - fixed < layers * kv_heads * min(costs):
+            raise Infeasible(fixed + layers * kv_heads * min(costs), budget.limit)
         scores = [self.scores(seen, i) for i in range(layers)]
-        limits = byte_limits(self.inner, seen, scores, budget.limit - counts, max(costs))
+        limits = byte_limits(self.inner, seen, scores, budget.limit - fixed, max(costs))
         return Plan(tuple(self._route(seen, i, scores[i], tiers, costs, limits) for i in range(layers)))
 
     def _route(

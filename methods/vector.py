@@ -11,15 +11,15 @@ from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
 from kvbench.cache.codecs.exact import Exact
 from kvbench.cache.codecs.from_key import FromKey
-from kvbench.cache.codecs.quant import Quant
 from kvbench.cache.layout import index_dtype
+from kvbench.cache.rope import Angles
 from kvbench.corpora import CALIBRATION_TEXTS
 from kvbench.errors import UsageError
 from kvbench.method import Family, Trust, Wrapper
-from kvbench.plan import EXACT, Infeasible, LayerPlan, Plan, Tier, keep_all
+from kvbench.plan import Infeasible, LayerPlan, Plan, Tier, keep_all
 from kvbench.prefill import Seen, SeenLayer
 from kvbench.toolbox.routers import as_mass, byte_limits, hull_route, paper_counts, paper_route
-from kvbench.toolbox.tiers import all_rows, tier
+from kvbench.toolbox.tiers import all_rows, few_bits_key, fixed_bytes, quality, tier
 from kvbench.toolbox.value_maps import Features, Maps, ValueMaps
 
 
@@ -39,8 +39,9 @@ class Vector(Wrapper):
     `maps=layer` all heads of a layer route together, since the map reads every head's key. Ours, and named so:
     `router=utility` (importance x reconstructability per byte), `features=key_token` (the token's embedding helps to
     estimate its value), `intercept` (the mean error of a context, held with it), `key_bits=4` (keys of approximated
-    tokens) and `retain_bits=4` (keys and values of retained ones). Maps are fitted on `texts`, disjoint from every
-    task, on first use; they are shared by all contexts and reported as `bytes_shared`.
+    tokens) and `retain` (how tokens are retained: in any of some tiers); see method=tiered. Maps are fitted on
+    `texts`, disjoint from every task, on first use (`calibration_draw`: in another order of the documents); they are
+    shared by all contexts and reported as `bytes_shared`.
     """
 
     family: ClassVar[Family] = Family.router
@@ -53,19 +54,25 @@ class Vector(Wrapper):
     maps: Maps = Maps.head
     intercept: bool = True
     key_bits: int = 16
-    retain_bits: int = 16
+    retain: tuple[str, ...] = ("exact",)
     texts: tuple[str, ...] = CALIBRATION_TEXTS
-    calibration_tokens: int = 65536
+    calibration_tokens: int = 32768
+    calibration_draw: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("key_bits", "retain_bits"):
-            if getattr(self, name) not in (2, 4, 8, 16):
-                raise UsageError(f"method.{name}={getattr(self, name)} is not one of 2, 4, 8, 16")
+        if self.key_bits not in (2, 4, 8, 16):
+            raise UsageError(f"method.key_bits={self.key_bits} is not one of 2, 4, 8, 16")
+        if not self.retain or len(set(self.retain)) < len(self.retain):
+            raise UsageError(f"method.retain={list(self.retain)}: name each tier once, and one at least")
+        for name in self.retain:
+            tier(name)
+        if self.router is Router.paper and len(self.retain) > 1:
+            raise UsageError("method.router=paper knows one way to retain a token: name one tier in method.retain")
 
     @property
     def value_maps(self) -> ValueMaps:
-        return ValueMaps(self.texts, self.calibration_tokens)
+        return ValueMaps(self.texts, self.calibration_tokens, draw=self.calibration_draw)
 
     @property
     def calibrations(self) -> frozenset[Calibration]:
@@ -74,14 +81,16 @@ class Vector(Wrapper):
     def plan(self, seen: Seen, budget: Allowance) -> Plan:
         if budget.limit >= sum(x.key.nbytes + x.value.nbytes for x in seen.layers):
             return keep_all(seen)
-        retain = EXACT if self.retain_bits == 16 else tier(f"int{self.retain_bits}")
-        tiers = [(retain, self._approximate(seen, i)) for i in range(len(seen.layers))]
+        retained = tuple(map(tier, self.retain))
+        tiers = [(*retained, self._approximate(seen, i)) for i in range(len(seen.layers))]
         costs, limit = self._costs(seen, budget, tiers[0])
         scores = [self.scores(seen, i) for i in range(len(seen.layers))]
-        limits = byte_limits(self.scorer, seen, scores, limit, budget.charged(*retain.row_bytes(seen.dim, seen.dtype)))
+        row = max(budget.charged(*one.row_bytes(seen.dim, seen.dtype)) for one in retained)
+        limits = byte_limits(self.scorer, seen, scores, limit, row)
         if self.maps is Maps.layer:  # one route for all heads
             scores, limits = [x.mean(0, keepdim=True) for x in scores], limits.sum(1, keepdim=True)
-        routes = [self._route(seen, i, scores[i], tiers[i], costs, limits) for i in range(len(seen.layers))]
+        angles = Angles(seen.network.rope, seen.next_position, seen.token_ids.device)
+        routes = [self._route(seen, i, scores[i], tiers[i], costs, limits, angles) for i in range(len(seen.layers))]
         return Plan(tuple(LayerPlan(t, route) for t, route in zip(tiers, routes, strict=True)))
 
     def _approximate(self, seen: Seen, layer: int) -> Tier:
@@ -89,12 +98,12 @@ class Vector(Wrapper):
         name = f"{self.features.name}.{self.maps.name}.{layer}"
         weight, bias = (seen.artefacts[self.value_maps].tensors[f"{name}.{part}"] for part in ("weight", "bias"))
         table = seen.network.embeddings if self.features is Features.key_token else None
-        key = Exact() if self.key_bits == 16 else _quant(self.key_bits)
+        key = Exact() if self.key_bits == 16 else few_bits_key(self.key_bits)
         joint = self.maps is Maps.layer
         return Tier("approximate", key, FromKey(weight, bias, seen.network.rope, table, self.intercept, joint))
 
-    def _costs(self, seen: Seen, budget: Allowance, tiers: tuple[Tier, Tier]) -> tuple[tuple[int, int], int]:
-        """Bytes of a (retained, approximated) token and bytes for the tokens, each in one unit of routing.
+    def _costs(self, seen: Seen, budget: Allowance, tiers: tuple[Tier, ...]) -> tuple[tuple[int, ...], int]:
+        """Bytes of a token in each tier and bytes for the tokens, each in one unit of routing.
 
         A unit is a KV head of a layer, or with `maps=layer` the layer, whose heads share their tokens' positions.
         Raises Infeasible if not one token fits.
@@ -103,14 +112,14 @@ class Vector(Wrapper):
         rows = kv_heads if self.maps is Maps.layer else 1
         units = len(seen.layers) * kv_heads // rows
         position = index_dtype(seen.next_position).itemsize
-        retained, approximated = (tier.row_bytes(seen.dim, seen.dtype) for tier in tiers)
-        costs = (
-            rows * budget.charged(*retained),
-            budget.charged(rows * approximated[0], rows * approximated[1] + position),
+        each = [one.row_bytes(seen.dim, seen.dtype) for one in tiers]
+        costs = tuple(
+            budget.charged(rows * payload, rows * metadata + position * one.needs_position)
+            for one, (payload, metadata) in zip(tiers, each, strict=True)
         )
-        counts = 0 if self.maps is Maps.layer else 2 * 4  # where heads differ, each tier's rows are counted per head
-        fixed = budget.charged(0, tiers[1].value.fixed_bytes(rows, seen.dim, seen.dtype) + counts)
-        ids = index_dtype(seen.vocabulary).itemsize * len(seen.token_ids) if tiers[1].needs_token else 0
+        counts = 0 if self.maps is Maps.layer else 4 * len(tiers)  # where heads differ, each tier's rows per head
+        fixed = budget.charged(0, fixed_bytes(tiers, rows, seen.dim, seen.dtype) + counts)
+        ids = index_dtype(seen.vocabulary).itemsize * len(seen.token_ids) if tiers[-1].needs_token else 0
         limit = budget.limit - budget.charged(0, ids) - units * fixed
         least = costs[0] if self.router is Router.paper else min(costs)
         if limit < units * least:
@@ -118,44 +127,38 @@ class Vector(Wrapper):
         return costs, limit
 
     def _route(
-        self, seen: Seen, layer: int, scores: Tensor, tiers: tuple[Tier, Tier], costs: tuple[int, int], limits: Tensor
+        self,
+        seen: Seen,
+        layer: int,
+        scores: Tensor,
+        tiers: tuple[Tier, ...],
+        costs: tuple[int, ...],
+        limits: Tensor,
+        angles: Angles,
     ) -> Tensor:
         x = seen.layers[layer]
         kv_heads, tokens, _ = x.key.shape
-        value = x.value.float()
-        norm, kept, estimated = (
-            v.square().sum(-1)
-            for v in (value, _round_trip(tiers[0], x) - value, self._estimate(seen, x, tiers[1]) - value)
-        )
-        if self.maps is Maps.layer:
-            norm, kept, estimated = (v.sum(0, keepdim=True) for v in (norm, kept, estimated))
-        first, last = self.inner.protected(int(limits.sum()) // (limits.numel() * costs[0]), tokens)
-        at = torch.arange(tokens, device=value.device)
+        first, last = self.inner.protected(int(limits.sum()) // (limits.numel() * max(costs)), tokens)
+        at = torch.arange(tokens, device=x.key.device)
         protected = (at < first) | (at >= tokens - last)
+        estimate = self._estimate(seen, x, tiers[-1], angles)
+        joint = self.maps is Maps.layer
         if self.router is Router.paper:
-            counts = [paper_counts(tokens, costs, limit) for limit in limits[layer].tolist()]
-            heads = [paper_route(scores[i : i + 1], estimated[i : i + 1], n, protected) for i, n in enumerate(counts)]
+            error = (estimate - x.value).square().sum(-1)
+            error = error.sum(0, keepdim=True) if joint else error
+            counts = [paper_counts(tokens, (costs[0], costs[1]), limit) for limit in limits[layer].tolist()]
+            heads = [paper_route(scores[i : i + 1], error[i : i + 1], n, protected) for i, n in enumerate(counts)]
             route = torch.cat(heads)
         else:
-            quality = torch.stack([(1 - error / norm).clamp(0, 1) for error in (kept, estimated)])
-            route = hull_route(as_mass(scores, self.scale), quality, costs, limits[layer].to(value.device), protected)
+            kept = torch.stack([*(quality(one, x) for one in tiers[:-1]), quality(tiers[-1], x, estimate)])
+            kept = kept.mean(1, keepdim=True) if joint else kept
+            route = hull_route(as_mass(scores, self.scale), kept, costs, limits[layer].to(kept.device), protected)
         return route.expand(kv_heads, -1)
 
-    def _estimate(self, seen: Seen, x: SeenLayer, tier: Tier) -> Tensor:
+    def _estimate(self, seen: Seen, x: SeenLayer, tier: Tier, angles: Angles) -> Tensor:
         """Every value of a layer estimated from its key as the tier would hold it: (kv_heads, tokens, dim), float32."""
         assert isinstance(tier.value, FromKey)
         rows = replace(all_rows(x), token=seen.token_ids[x.position].repeat(x.key.shape[0]))
-        key = tier.key.decode(tier.key.encode(x.key.flatten(0, 1), rows, {}), rows, {}, seen.dtype)
-        estimate = tier.value.predict(replace(rows, key=key))
+        key = tier.key.round_trip(x.key.flatten(0, 1), rows, seen.dtype)
+        estimate = replace(tier.value, rope=angles).predict(replace(rows, key=key))
         return estimate + (x.value - estimate).mean(1, keepdim=True) if self.intercept else estimate
-
-
-def _round_trip(tier: Tier, x: SeenLayer) -> Tensor:
-    """Every value of a layer as a retaining tier gives it back: (kv_heads, tokens, dim), float32."""
-    rows = all_rows(x)
-    stored = tier.value.encode(x.value.flatten(0, 1), rows, {})
-    return rows.layout.pad(tier.value.decode(stored, rows, {}, torch.float32))
-
-
-def _quant(bits: int) -> Quant:
-    return Quant(bits, channels=64)

@@ -16,7 +16,7 @@ from hydra.core.plugins import Plugins
 from sweeps import prepared, states
 from test_config import PLAY, plugin_folder, ran  # noqa: F401 (fixtures)
 
-from kvbench import group, run
+from kvbench import group, run, side_by_side
 from kvbench.run import main
 from kvbench.store import cells, read_cell
 
@@ -62,21 +62,25 @@ def sleepers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "calls"
 
 
-def test_a_group_starts_as_soon_as_a_device_is_free(launcher: Any, sleepers: Path) -> None:
-    launcher.side_by_side([[["1"]], [["0.1"]], [["0.1"]], [["0.1"]]], ["5", "7"])
+def on(*devices: str) -> list[dict[str, str]]:
+    return [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
+
+
+def test_a_group_starts_as_soon_as_a_device_is_free(sleepers: Path) -> None:
+    side_by_side.side_by_side([[["1"]], [["0.1"]], [["0.1"]], [["0.1"]]], on("5", "7"))
     calls = [line.split()[0] for line in sleepers.read_text().splitlines()]
     assert sorted(calls) == ["5", "7", "7", "7"]
 
 
-def test_what_ends_the_sweep_ends_its_processes(launcher: Any, sleepers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ends_the_sweep_ends_its_processes(sleepers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sleep(seconds: float) -> None:
         if sleepers.exists() and len(sleepers.read_text().splitlines()) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(launcher, "time", type("Clock", (), {"sleep": staticmethod(sleep)}))
+    monkeypatch.setattr(side_by_side, "time", type("Clock", (), {"sleep": staticmethod(sleep)}))
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        launcher.side_by_side([[["60"]], [["60"]], [["60"]]], ["0", "1"])
+        side_by_side.side_by_side([[["60"]], [["60"]], [["60"]]], on("0", "1"))
     assert time.monotonic() < began + 30
     for line in sleepers.read_text().splitlines():
         with pytest.raises(ProcessLookupError):

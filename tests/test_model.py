@@ -35,6 +35,4 @@ def test_random_weights_need_no_weights(config: ModelConfig) -> None:
 
 def test_random_weights_are_another_model(config: ModelConfig) -> None:
     assert config.identity() != replace(config, weights="trained").identity()
-    assert (
-        "weights" not in replace(config, weights="trained").identity()
-    )  # as before there was a choice
+    assert "weights" not in replace(config, weights="trained").identity()  # as before there was a choice

@@ -25,6 +25,7 @@ from kvbench.cache.codecs.low_rank import LowRank
 from kvbench.cache.codecs.quant import Quant
 from kvbench.cache.codecs.rotated import Rotated, lloyd_max, random_rotation
 from kvbench.cache.codecs.sparse import Sparse
+from kvbench.cache.codecs.standardised import Standardised
 from kvbench.cache.fork import Fork
 from kvbench.cache.layout import Layout
 from kvbench.cache.packed import CompressedCache, PackedLayer, Slab
@@ -64,6 +65,7 @@ QUANTS = st.builds(
 ANY_ROWS = st.one_of(  # codecs that take any rows
     QUANTS,
     st.builds(Balanced, st.builds(Quant, bits=st.sampled_from([2, 4, 8])), st.just(random(KV_HEADS, DIM).exp())),
+    st.builds(Standardised, st.builds(Quant, bits=st.sampled_from([2, 4, 8]))),
     st.builds(rotated, st.integers(1, 4)),
     st.sampled_from([Exact(), Fp8(), Sparse(5), Channels(9, random(KV_HEADS, DIM).square()), low_rank(False)]),
 )

@@ -101,7 +101,7 @@ VARIED: list[dict[str, Any]] = [
     {"maps": Maps.layer},
     {"maps": Maps.layer, "features": Features.key, "intercept": False},
     {"key_bits": 4},
-    {"key_bits": 4, "retain_bits": 4},
+    {"key_bits": 4, "retain": ("int4",)},
     {"base": "random"},
     {"base": "streamingllm"},
     {"base": "snapkv", "base_options": {"window": 8}},
@@ -153,7 +153,7 @@ class TestValueMaps:
         tensors, about = calibration.fit(tiny)
         network = tiny.network
         chunks = [
-            ids for _, ids in zip(range(3), sequences(tiny, calibration.texts, calibration.sequence), strict=False)
+            ids for _, ids in zip(range(4), sequences(tiny, calibration.texts, calibration.sequence), strict=False)
         ]
         keys, values = [], []
         for ids in chunks:
@@ -165,6 +165,9 @@ class TestValueMaps:
         solved = torch.linalg.lstsq(torch.cat([x, ones], -1), y).solution
         torch.testing.assert_close(tensors["key.head.1.weight"].double(), solved[:, :-1], atol=2e-2, rtol=2e-2)
         assert set(about["held_out_r2"]) == {f"{f.name}.{m.name}" for f, m in VARIANTS}
+        other = replace(calibration, draw=1).fit(tiny)
+        assert other[1]["text_sha256"] != about["text_sha256"]
+        assert replace(calibration, draw=1).fit(tiny)[1]["text_sha256"] == other[1]["text_sha256"]
 
     def test_kept_and_refused_for_another_model(self, tiny: Model, tmp_path: Path, corpora: None) -> None:
         calibration = ValueMaps(("pydoc",), tokens=1024, sequence=256)

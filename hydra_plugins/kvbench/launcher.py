@@ -20,8 +20,8 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from kvbench.errors import UsageError
+from kvbench.side_by_side import Group, side_by_side
 
-Group = Sequence[Sequence[str]]  # per cell: the words of its own command line
 Elsewhere = Callable[[Sequence[Group], Path], None]  # runs groups in other processes, and waits; their results folder
 
 
@@ -43,7 +43,8 @@ class SharedPrefill(Launcher):
         devices = cuda_devices() if all(config.model.device == "auto" for config in configs) else []
         if len(devices) < 2:
             return None
-        return lambda groups, results: side_by_side(groups, devices)
+        workers = [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
+        return lambda groups, results: side_by_side(groups, workers)
 
     def _flags(self) -> list[str]:
         """What another process must be told to find the same configuration."""
@@ -60,31 +61,6 @@ def cuda_devices() -> list[str]:
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (visible.split(",") if visible else [str(index) for index in range(count)])[:count]
-
-
-def side_by_side(groups: Sequence[Group], devices: Sequence[str]) -> None:
-    """Runs each group in a process that sees one device, as soon as a device is free."""
-    waiting = list(groups)
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    ended = 0
-    try:
-        while waiting or running:
-            for device in devices:
-                if waiting and device not in running:
-                    command = [sys.executable, "-m", "kvbench.group", *(json.dumps(words) for words in waiting.pop(0))]
-                    # Bars of several processes would overwrite each other.
-                    environment = os.environ | {"CUDA_VISIBLE_DEVICES": device, "TTY_COMPATIBLE": "0"}
-                    running[device] = subprocess.Popen(command, env=environment)
-            for device in [device for device, process in running.items() if process.poll() is not None]:
-                del running[device]
-                ended += 1
-                _tell(f"{ended} of {len(groups)} groups ended")
-            time.sleep(0.1)
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
 
 
 class Slurm(SharedPrefill):

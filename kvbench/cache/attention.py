@@ -46,6 +46,25 @@ def attention_weights(
     return logits.softmax(-1)
 
 
+def causal_blocks(
+    query: Float[Tensor, "heads new dim"], key: Float[Tensor, "kv_heads slots dim"], scale: float
+) -> Iterator[Float[Tensor, "heads block seen"]]:
+    """`attention_weights` of the newest rows' queries, causally, some queries at a time: each block's over the rows up
+    to its last query's own. Blocks that fit into a CPU's caches are several times faster than the whole."""
+    (kv_heads, slots, _), new = key.shape, query.shape[1]
+    block = 512 if query.is_cuda else 64
+    key = key.float().mT
+    grouped = (query.float() * scale).unflatten(0, (kv_heads, -1))
+    for first in range(0, new, block):
+        queries = grouped[:, :, first : first + block]
+        count = queries.shape[2]
+        seen = slots - new + first + count
+        logits = (queries.flatten(1, 2) @ key[..., :seen]).unflatten(1, (-1, count))
+        future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
+        logits[..., seen - count :].masked_fill_(future, -torch.inf)
+        yield logits.softmax(-1).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class _ReadySlab:
     """A slab with equally many places for every KV head: where heads differ in their rows, some places are empty.

@@ -11,6 +11,16 @@ from torch import Tensor
 Rope = Callable[[Tensor], tuple[Tensor, Tensor]]  # (cos, sin) of the rotary embedding at any positions
 
 
+class Angles:
+    """A rotary embedding at positions below `end`, worked out once."""
+
+    def __init__(self, rope: Rope, end: int, device: torch.device) -> None:
+        self.cos, self.sin = rope(torch.arange(end, device=device))
+
+    def __call__(self, position: Int[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self.cos[position], self.sin[position]
+
+
 def unrotate(
     key: Float[Tensor, "... dim"], cos: Float[Tensor, "... dim"], sin: Float[Tensor, "... dim"]
 ) -> Float[Tensor, "... dim"]:

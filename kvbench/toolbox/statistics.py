@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvbench.cache.attention import attention_weights, causal_mask
+from kvbench.cache.attention import attention_weights, causal_blocks, causal_mask
 from kvbench.prefill import Observed, Seen, Statistic, look_ahead
 
 OVERLAP = 8  # tokens that lead into a chunk of a repeated context
@@ -49,11 +49,8 @@ class ColumnSums(Statistic):
 
     def observe(self, state: Tensor | None, seen: Observed) -> Float[Tensor, "heads tokens"]:
         total = torch.zeros(len(seen.query), seen.total, device=seen.query.device) if state is None else state
-        end = seen.start
-        for query in seen.query.split(256, dim=1):
-            end += query.shape[1]
-            mask = causal_mask(query.shape[1], end, query.device)
-            total[:, :end] += attention_weights(query, seen.key[:, :end], seen.scale, mask).sum(1)
+        for weights in causal_blocks(seen.query, seen.key, seen.scale):
+            total[:, : weights.shape[2]] += weights.sum(1)
         return total
 
 
@@ -113,9 +110,7 @@ class Reconstruction(Statistic):
         sinks, end = min(self.sinks, start), min(start + self.chunk, ahead.start)
         key = torch.cat([ahead.key[:, :sinks], ahead.key[:, start:end], ahead.key[:, ahead.start :]], 1)
         place = slice(sinks, sinks + end - start)
-        mask = causal_mask(ahead.query.shape[1], key.shape[1], key.device)
-        blocks = zip(ahead.query.split(AT_ONCE, 1), mask.split(AT_ONCE), strict=True)
-        most = [attention_weights(q, key, ahead.scale, m)[..., place].amax(1) for q, m in blocks]
+        most = [weights[..., place].amax(1) for weights in causal_blocks(ahead.query, key, ahead.scale)]
         return torch.stack(most).amax(0).unflatten(0, (key.shape[0], -1)).amax(1)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kvbench.cache.codecs.base import Rows
+from kvbench.cache.codecs.exact import Exact
 from kvbench.cache.codecs.quant import Quant
+from kvbench.cache.codecs.standardised import Standardised
 from kvbench.cache.layout import Layout
 from kvbench.plan import EXACT, Tier
 from kvbench.plugins import known
@@ -17,9 +22,18 @@ NAMES = ("exact", *BITS)
 
 
 def tier(name: str) -> Tier:
-    """`exact`, or keys and values quantised token by token in blocks of 64 channels."""
+    """`exact`, or keys and values quantised token by token in blocks of 64 channels, keys after standardising these."""
     known("tier", name, NAMES)
-    return EXACT if name == "exact" else Tier(name, Quant(BITS[name], 64), Quant(BITS[name], 64))
+    return EXACT if name == "exact" else Tier(name, few_bits_key(BITS[name]), Quant(BITS[name], 64))
+
+
+def few_bits_key(bits: int) -> Standardised:
+    return Standardised(Quant(bits, 64))
+
+
+def fixed_bytes(tiers: Iterable[Tier], kv_heads: int, dim: int, dtype: torch.dtype) -> int:
+    """What the tiers' codecs leave per layer and context."""
+    return sum(codec.fixed_bytes(kv_heads, dim, dtype) for tier in tiers for codec in (tier.key, tier.value))
 
 
 def all_rows(x: SeenLayer) -> Rows:
@@ -27,18 +41,26 @@ def all_rows(x: SeenLayer) -> Rows:
     return Rows(Layout((x.key.shape[1],) * x.key.shape[0], shared=True), x.position.repeat(x.key.shape[0]))
 
 
-def quality(stored: Tier, x: SeenLayer) -> Float[Tensor, "kv_heads tokens"]:
-    """What a tier keeps of each token, 0 to 1: (1 - relative squared error of its value) x (the same of its key).
+KEY_WEIGHT = 6.0  # the variance of attention's logits over the tokens of a head, about: what a key's error meets
 
-    The error of a key is relative to its distance from the head's mean key, which shifts all logits alike.
+
+def quality(
+    stored: Tier, x: SeenLayer, value: Float[Tensor, "kv_heads tokens dim"] | None = None
+) -> Float[Tensor, "kv_heads tokens"]:
+    """What a tier keeps of each token's share of the attention output, 0 to 1; `value`: as the tier would give it back.
+
+    The output's squared error is attention^2 x (|dv|^2 + (q dk)^2 |v - o|^2) to first order: the relative error of the
+    value, and KEY_WEIGHT x the error of the key relative to the mean squared distance of the head's keys from their
+    mean, which shifts all logits alike.
     """
     rows = all_rows(x)
-    if stored == EXACT:
-        return x.key.new_ones(x.key.shape[:2]).float()
-    kept = []
-    for codec, exact in ((stored.key, x.key.float()), (stored.value, x.value.float())):
-        flat = exact.to(x.key.dtype).flatten(0, 1)
-        back = rows.layout.pad(codec.decode(codec.encode(flat, rows, {}), rows, {}, flat.dtype)).float()
-        around = exact - exact.mean(1, keepdim=True) if codec is stored.key else exact
-        kept.append(1 - (back - exact).square().sum(-1) / around.square().sum(-1).clamp(min=1e-12))
-    return kept[0].clamp(0, 1) * kept[1].clamp(0, 1)
+    exact = x.value.float()
+    if value is None:
+        value = rows.layout.pad(stored.value.round_trip(x.value.flatten(0, 1), rows, torch.float32))
+    lost = (value - exact).square().sum(-1) / exact.square().sum(-1).clamp(min=1e-12)
+    if stored.key != Exact():
+        key = x.key.float()
+        back = rows.layout.pad(stored.key.round_trip(x.key.flatten(0, 1), rows, torch.float32))
+        spread = (key - key.mean(1, keepdim=True)).square().sum(-1).mean(1, keepdim=True)
+        lost = lost + KEY_WEIGHT * (back - key).square().sum(-1) / spread.clamp(min=1e-12)
+    return (1 - lost).clamp(0, 1)

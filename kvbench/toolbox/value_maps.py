@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,14 +48,17 @@ VARIANTS = [(features, maps) for features in Features for maps in Maps]
 class ValueMaps(Calibration):
     """Every variant of the maps is fitted in one pass: `<features>.<maps>.<layer>.{weight,bias}`.
 
-    Sums are accumulated in float64 over `tokens` tokens in sequences of `sequence`, taken in turn from `texts`, and a
-    fifth of the sequences is held out for R². The ridge is relative to the mean variance of the features.
+    Sums are accumulated in float64 over `tokens` tokens in sequences of `sequence`, taken in turn from `texts`. R² is
+    of maps fitted without a fifth of the sequences, on that fifth; those that are kept are fitted to all. The ridge is
+    relative to the mean variance of the features. Each `draw` takes the documents of a text in another order: 0 in
+    their own.
     """
 
     texts: tuple[str, ...]
-    tokens: int = 65536
-    sequence: int = 2048
+    tokens: int = 32768
+    sequence: int = 512
     ridge: float = 1e-2
+    draw: int = 0
 
     def fit(self, model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
         network = model.network
@@ -63,7 +67,7 @@ class ValueMaps(Calibration):
         count = max(self.tokens // self.sequence, 2)
         fold = min(5, count)
         with torch.inference_mode(), Progress(f"fitting value maps of {model.config.name}", count) as bar:
-            for i, ids in zip(range(count), sequences(model, self.texts, self.sequence), strict=False):
+            for i, ids in zip(range(count), sequences(model, self.texts, self.sequence, self.draw), strict=False):
                 digest.update(ids.cpu().numpy().tobytes())
                 grams[i % fold == fold - 1].add(read_exactly(network, ids))
                 bar.advance()
@@ -73,25 +77,29 @@ class ValueMaps(Calibration):
             name = f"{features.name}.{maps.name}"
             scores[name] = []
             for layer in range(network.layers):
-                weight, bias = grams[0].solve(layer, features, maps, self.ridge)
-                tensors[f"{name}.{layer}.weight"] = weight.bfloat16()
-                tensors[f"{name}.{layer}.bias"] = bias.bfloat16()
-                r2 = grams[1].r2(layer, features, maps, weight, bias)
+                r2 = grams[1].r2(layer, features, maps, *grams[0].solve(layer, features, maps, self.ridge))
                 scores[name].append([round(x, 4) for x in r2.tolist()])
+        grams[0].join(grams[1])
+        for features, maps in VARIANTS:
+            for layer in range(network.layers):
+                weight, bias = grams[0].solve(layer, features, maps, self.ridge)
+                tensors[f"{features.name}.{maps.name}.{layer}.weight"] = weight.bfloat16()
+                tensors[f"{features.name}.{maps.name}.{layer}.bias"] = bias.bfloat16()
         return tensors, {"text_sha256": digest.hexdigest(), "held_out_r2": scores}
 
 
-def sequences(model: Model, texts: Sequence[str], length: int) -> Iterator[Int[Tensor, " length"]]:
+def sequences(model: Model, texts: Sequence[str], length: int, draw: int = 0) -> Iterator[Int[Tensor, " length"]]:
     """Sequences of the texts' calibration side, one text after the other in turn; ends with the shortest text."""
-    for parts in zip(*(_stream(model, source, length) for source in texts), strict=False):
+    for parts in zip(*(_stream(model, source, length, draw) for source in texts), strict=False):
         yield from parts
 
 
-def _stream(model: Model, source: str, length: int) -> Iterator[Tensor]:
+def _stream(model: Model, source: str, length: int, draw: int) -> Iterator[Tensor]:
     """`source` in the model's tokens, a sequence at a time, each with the model's usual first tokens."""
     start = model.writer.head[:1]
     rest: list[int] = []
-    for document in documents(source, "calibration"):
+    every = documents(source, "calibration")
+    for document in random.Random(f"{source}-{draw}").sample(every, len(every)) if draw else every:
         rest += model.writer.encode(document)
         while len(rest) >= length - 1:
             yield torch.tensor([*start, *rest[: length - len(start)]], device=model.network.device)
@@ -122,6 +130,11 @@ class _Grams:
             both = torch.cat([key, x.value.float()])[:, SINKS:].transpose(0, 1).flatten(1)
             self.cross[layer] += (token.mT @ both).double()
             self.cache[layer] += (both.mT @ both).double()
+
+    def join(self, other: _Grams) -> None:
+        self.token += other.token
+        self.cross += other.cross
+        self.cache += other.cache
 
     def _moments(self, layer: int) -> Float[Tensor, "all all"]:
         """Means of z zᵀ."""

@@ -97,6 +97,11 @@ class Codec(ABC):
     def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
         """The rows as attention sees them, in the model's dtype `like`."""
 
+    def round_trip(self, x: Float[Tensor, "rows dim"], rows: Rows, like: torch.dtype) -> Float[Tensor, "rows dim"]:
+        """Rows as they would come back, were they all stored: what a router looks at before it decides."""
+        fixed = self.fit(x, rows)
+        return self.decode(self.encode(x, rows, fixed), rows, fixed, like)
+
     # -- attention over what is stored: exact up to rounding, without decoding where a codec can do better ---------
 
     def dot(

@@ -39,6 +39,11 @@ class Quant(Codec):
         return dim * self.tokens * self.bits // 8, self._blocks(dim)[0] * 4
 
     def encode(self, x: Float[Tensor, "rows dim"], rows: Rows, fixed: Stored) -> Stored:
+        codes, low, step = self._codes(x)
+        return {"codes": pack(codes.flatten(-2).to(torch.uint8), self.bits), "low": low, "step": step}
+
+    def _codes(self, x: Float[Tensor, "rows dim"]) -> tuple[Tensor, Tensor, Tensor]:
+        """(codes by block, as whole numbers in float32; minimum and step of each block)."""
         x = x.float()
         blocks = x.unflatten(0, (-1, self.tokens)).mT if self.tokens > 1 else x.unflatten(-1, self._blocks(x.shape[-1]))
         low, high = blocks.aminmax(dim=-1, keepdim=True)
@@ -46,12 +51,17 @@ class Quant(Codec):
         low16 = low.clamp(-top, top).half()
         step = ((high - low16.float()) / (2**self.bits - 1)).clamp(min=2.0**-24, max=top).half()
         codes = ((blocks - low16.float()) / step.float()).round().clamp(0, 2**self.bits - 1)
-        return {"codes": pack(codes.flatten(-2).to(torch.uint8), self.bits), "low": low16[..., 0], "step": step[..., 0]}
+        return codes, low16[..., 0], step[..., 0]
 
     def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
-        codes = unpack(stored["codes"], self.bits)
-        blocks = codes.unflatten(-1, (stored["low"].shape[-1], -1)).float()
-        x = blocks * stored["step"][..., None].float() + stored["low"][..., None].float()
+        codes = unpack(stored["codes"], self.bits).unflatten(-1, (stored["low"].shape[-1], -1))
+        return self._values(codes.float(), stored["low"], stored["step"], like)
+
+    def round_trip(self, x: Float[Tensor, "rows dim"], rows: Rows, like: torch.dtype) -> Float[Tensor, "rows dim"]:
+        return self._values(*self._codes(x), like)  # the codes need no packing
+
+    def _values(self, codes: Tensor, low: Tensor, step: Tensor, like: torch.dtype) -> Float[Tensor, "rows dim"]:
+        x = codes * step[..., None].float() + low[..., None].float()
         return (x.mT.flatten(0, 1) if self.tokens > 1 else x.flatten(-2)).to(like)
 
     def dot(

@@ -1,0 +1,59 @@
+"""Studies: files of conf/experiment/ as cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sweeps import prepared, states
+
+from kvbench import experiment
+from kvbench.config import convert
+from kvbench.errors import UsageError
+from kvbench.sweep import composed_words
+
+
+def test_a_list_is_each_of_its_values_and_what_is_deeper_wins() -> None:
+    node = {
+        "a": [1, 2],
+        "b": 0,
+        "cells": [{"m": "x"}, {"m": ["y", "z"], "b": 5, "t": [["p", "q"]]}],
+    }
+    found = list(experiment.options_of(node))
+    assert found[0] == {"a": 1, "b": 0, "m": "x"}
+    assert [one["m"] for one in found] == ["x", "y", "z", "x", "y", "z"]
+    assert [one["a"] for one in found] == [1, 1, 1, 2, 2, 2]
+    assert found[1] == {"a": 1, "b": 5, "m": "y", "t": ("p", "q")}
+
+
+@pytest.mark.parametrize("name", experiment.experiments())
+def test_every_study_composes_to_cells_of_its_own(name: str) -> None:
+    cells = [convert(composed_words(words)).cell.digest for words in experiment.read(name)[:12]]
+    assert len(set(cells)) == len(cells)
+
+
+def test_an_unknown_study_is_refused_with_the_known() -> None:
+    with pytest.raises(UsageError, match="vector_vs_base"):
+        experiment.read("nonsense")
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Iterator[list[str]]:
+    with prepared(tmp_path) as chosen:
+        yield chosen
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_study_runs_and_goes_on_where_it_stopped(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], jobs: int
+) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text("seed: [0, 1]\ncells:\n  - {method: random, budget: [0.3, 0.5]}\n  - {method: full}\n")
+    monkeypatch.setattr(experiment, "experiments", lambda: {"small": file})
+    options = [*words, f"results={tmp_path / 'results'}", "limit=2"]
+    assert experiment.run("small", options, jobs) == 0
+    assert states(tmp_path / "results") == 6 * ["done"]
+    capfd.readouterr()
+    assert experiment.run("small", options, jobs) == 0
+    assert "nothing to do" in capfd.readouterr().out
