@@ -1,0 +1,181 @@
+"""The answers that docs/prereg.md asks for, from the records of conf/experiment/vector_vs_base.yaml.
+
+python scripts/vector_study.py results/vector_vs_base
+
+Writes study.md and study.csv into the folder. Cells that are not finished are compared on what both sides have, and
+the page says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kvbench.errors import UsageError
+from kvbench.report.statistics import Clusters, holm, intervals, p_values
+from kvbench.store import cells, read_cell
+
+BASES, ARMS = ("keydiff", "kvzip", "snapkv"), ("base", "twin", "paper", "ours")
+PAIRS = {"ours - base": "less", "paper - base": "less", "ours - twin": "both"}  # a family each, and its tests' side
+ABSOLUTE, RELATIVE = 0.01, 0.05  # of the margin: nat, and share of the gap base - full
+DRAWS = "calibration_draw"
+
+
+def arm(method: dict[str, Any]) -> tuple[str, str]:
+    """(base, arm) of a method's identity."""
+    name = method["name"]
+    if name == "compose":
+        return method.get("scorer", "snapkv"), "twin"
+    if name == "vector":
+        return method.get("base", "snapkv"), "paper" if method.get("router") == "paper" else "ours"
+    return ("", "full") if name == "full" else (name, "base")
+
+
+def read(results: Path) -> pd.DataFrame:
+    """A row per example and cell."""
+    rows = []
+    for folder in cells(results):
+        header, records = read_cell(folder)
+        identity = header["identity"]
+        base, kind = arm(identity["method"])
+        task = {"lm": "lm", "niah": f"niah, {identity['task'].get('needles', 1)} needles"}[identity["task"]["name"]]
+        about = {"task": task.replace("1 needles", "1 needle"), "protocol": identity["protocol"], "base": base}
+        about |= {"arm": kind, "budget": identity["budget"], "draw": identity["method"].get(DRAWS, 0)}
+        rows += [about | {name: one[name] for name in KEPT} for one in records]
+    if not rows:
+        raise UsageError(f"no records in {results}: python -m kvbench.experiment vector_vs_base")
+    return pd.DataFrame(rows)
+
+
+KEPT = ("id", "cluster_id", "answer_nll", "bytes_held", "bytes_full", "bytes_budget", "bytes_shared")
+
+
+def compare(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per task, base and budget: the arms' NLL and bytes, and every difference that was asked for."""
+    found = []
+    full = table[table.arm == "full"]
+    for (task, protocol, base, budget), part in table[(table.arm != "full") & (table.draw == 0)].groupby(
+        ["task", "protocol", "base", "budget"]
+    ):
+        nll = part.pivot(index="id", columns="arm", values="answer_nll").reindex(columns=ARMS)
+        same = full[(full.task == task) & (full.protocol == protocol)].set_index("id")
+        nll = nll.assign(full=same.answer_nll).dropna()
+        clusters = Clusters(same.cluster_id[nll.index].to_numpy())
+        row: dict[str, Any] = {"task": task, "scorer": base, "protocol": protocol, "budget": budget}
+        row |= {"n": len(nll), "clusters": clusters.count, **nll.mean()}
+        row["held"] = part[part.arm == "ours"].bytes_held.mean()
+        row["shared"] = part[part.arm == "ours"].bytes_shared.mean()
+        row["bytes_full"] = part.bytes_full.mean()
+        row["over"] = int((part.bytes_held > part.bytes_budget).sum())
+        rng = np.random.default_rng(0)
+        for pair, side in PAIRS.items():
+            ours, theirs = pair.split(" - ")
+            difference = (nll[ours] - nll[theirs]).to_numpy()
+            row |= _difference(pair, difference, clusters, side, rng)
+            if theirs == "base":
+                gap = (nll["base"] - nll["full"]).to_numpy()
+                row |= _margin(ours, difference, gap, clusters, rng)
+        found.append(row)
+    result = pd.DataFrame(found)
+    for pair in PAIRS:
+        result[f"{pair}, Holm p"] = holm(result.pop(f"{pair}, p").to_numpy())
+    return result
+
+
+def _difference(name: str, values: np.ndarray, clusters: Clusters, side: Any, rng: Any) -> dict[str, Any]:
+    (one,) = intervals(values[:, None], clusters, rng)
+    p = p_values(values[:, None], clusters, rng, side, tests=len(BASES) * 6).p[0]
+    return {name: one.mean, f"{name}, low": one.low, f"{name}, high": one.high, f"{name}, p": p}
+
+
+def _margin(name: str, difference: np.ndarray, gap: np.ndarray, clusters: Clusters, rng: Any) -> dict[str, Any]:
+    """Non-inferior: the one-sided 95 % bound below 0.01 nat, or that of the difference less 5 % of the gap below 0."""
+    margin = max(ABSOLUTE, RELATIVE * gap.mean())
+    less = RELATIVE * gap if margin > ABSOLUTE else np.full_like(gap, ABSOLUTE)
+    plain, shifted = intervals(np.stack([difference, difference - less], 1), clusters, rng, level=0.9)
+    return {f"{name}, bound": plain.high, f"{name}, margin": margin, f"{name} non-inferior": shifted.high < 0}
+
+
+def markdown(result: pd.DataFrame, draws: pd.DataFrame) -> str:
+    lines = [
+        "# VECTOR beside its bases",
+        "Written by `scripts/vector_study.py` from the records in this folder; what was asked: docs/prereg.md. NLL of "
+        "the reference text in nats a token; differences are paired, with 95 % intervals over source documents; "
+        "p-values are Holm's of the 18 cells of a family. Non-inferior: the one-sided 95 % bound below the margin.",
+        _table(
+            result,
+            ["task", "scorer", "budget", "n", "full", *ARMS],
+            {"n": "{:.0f}", **dict.fromkeys(("full", *ARMS), "{:.3f}")},
+        ),
+    ]
+    for pair in PAIRS:
+        name = pair.split(" - ")[0]
+        shown = result.assign(
+            difference=[
+                f"{a:+.4f} ({b:+.4f} to {c:+.4f})"
+                for a, b, c in result[[pair, f"{pair}, low", f"{pair}, high"]].to_numpy()
+            ]
+        )
+        columns = ["task", "scorer", "budget", "clusters", "difference", f"{pair}, Holm p"]
+        forms = {"clusters": "{:.0f}", f"{pair}, Holm p": "{:.2g}"}
+        if pair.endswith("base"):
+            columns += [f"{name}, bound", f"{name}, margin", f"{name} non-inferior"]
+            forms |= {f"{name}, bound": "{:.4f}", f"{name}, margin": "{:.4f}"}
+        lines += [f"## {pair}", _table(shown, columns, forms)]
+    held, shared = result["held"].mean(), result["shared"].mean()
+    saved = result["bytes_full"].mean() - held
+    lines.append(
+        f"Bytes: ours holds {held / 2**20:.2f} MiB a context on average and shares {shared / 2**20:.2f} MiB of maps a "
+        f"model, paid for from {int(np.ceil(shared / saved))} contexts on beside full caches. Records over budget: "
+        f"{result['over'].sum():.0f}."
+    )
+    if len(draws):
+        lines += ["## Another draw of the calibration documents", _table(draws, list(draws.columns), {})]
+    return "\n\n".join(lines) + "\n"
+
+
+def spread(table: pd.DataFrame) -> pd.DataFrame:
+    """NLL by calibration draw, on the examples that all draws have."""
+    mine = table[table.arm.isin(("ours", "paper")) & (table.base == "keydiff") & (table.budget == "0.1")]
+    rows = []
+    for (task, kind), part in mine.groupby(["task", "arm"]):
+        nll = part.pivot(index="id", columns="draw", values="answer_nll").dropna()
+        if len(nll) and nll.shape[1] > 1:
+            means = nll.mean()
+            each = ", ".join(f"{value:.4f}" for value in means)
+            rows.append({"task": task, "arm": kind, "n": len(nll), "NLL": each, "sd": f"{means.std():.4f}"})
+    return pd.DataFrame(rows)
+
+
+def _table(table: pd.DataFrame, columns: list[str], forms: dict[str, str]) -> str:
+    rows = [
+        ["" if pd.isna(row[c]) else forms.get(c, "{}").format(row[c]) for c in columns] for _, row in table.iterrows()
+    ]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=Path("results/vector_vs_base"))
+    folder = parser.parse_args().results
+    try:
+        table = read(folder)
+        result = compare(table)
+        text = markdown(result, spread(table))
+        (folder / "study.md").write_text(text)
+        result.to_csv(folder / "study.csv", index=False)
+    except UsageError as error:
+        print(f"vector_study: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
