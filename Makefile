@@ -9,6 +9,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make check   lint and test"
+	@echo "make reference   every method at four budgets on three tasks, and the leaderboard of it (hours; resumable)"
 	@echo "make check-published [TIER=quick|full] [MODEL=...]   published figures, re-made where there is a GPU and the hub"
 
 # Made with another Python: make setup PYTHON=python3.13
@@ -34,6 +35,11 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 check: lint test
+
+# Hours, once; the same command continues.
+reference: setup
+	$(BIN)/python -m kvbench.experiment reference --jobs 2
+	$(BIN)/python scripts/leaderboard.py results/reference --out results/reference/leaderboard.html
 
 TIER ?= quick
 check-published: .venv/.installed

@@ -11,6 +11,7 @@ from sweeps import prepared, states
 from kvbench import experiment
 from kvbench.config import convert
 from kvbench.errors import UsageError
+from kvbench.list import choices
 from kvbench.sweep import composed_words
 
 
@@ -31,6 +32,11 @@ def test_a_list_is_each_of_its_values_and_what_is_deeper_wins() -> None:
 def test_every_study_composes_to_cells_of_its_own(name: str) -> None:
     cells = [convert(composed_words(words)).cell.digest for words in experiment.read(name)[:12]]
     assert len(set(cells)) == len(cells)
+
+
+def test_the_reference_results_have_every_method() -> None:
+    words = {word for cell in experiment.read("reference") for word in cell}
+    assert {f'method="{name}"' for name in choices("methods")} <= words
 
 
 def test_an_unknown_study_is_refused_with_the_known() -> None:
