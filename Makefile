@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check lint check-published
+.PHONY: help setup demo test check lint reference check-published
 
 help:
 	@echo "make setup   the environment, the embedded model and corpora, and its calibration (minutes once, then seconds)"

@@ -23,6 +23,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from kvbench.list import conf_folder, describe
+from kvbench.measure.progress import Progress
 from kvbench.plugins import known
 from kvbench.run import NotDone, check, guarded, one_line, start
 from kvbench.side_by_side import Group, side_by_side
@@ -66,7 +67,12 @@ def run(name: str, overrides: Sequence[str], jobs: int = 1) -> int:
         side_by_side(groups, [{"OMP_NUM_THREADS": threads}] * jobs)
 
     cells = read(name, overrides)
-    start([composed_words(cell) for cell in cells], tell, cells, elsewhere if jobs > 1 else None)
+    configs = []
+    with Progress(f"composing {len(cells)} cells", len(cells)) as bar:
+        for cell in cells:
+            configs.append(composed_words(cell))
+            bar.advance()
+    start(configs, tell, cells, elsewhere if jobs > 1 else None)
     return code
 
 
