@@ -14,7 +14,7 @@ from kvbench.plan import Infeasible, LayerPlan, Plan, keep_all
 from kvbench.plugins import build_method, load
 from kvbench.prefill import Seen
 from kvbench.toolbox.routers import as_mass, byte_limits, hull_route
-from kvbench.toolbox.tiers import fixed_bytes, quality, tier
+from kvbench.toolbox.tiers import all_rows, fixed_bytes, quality, round_trip, tier
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,15 @@ class Compose(Delegate):
         self, seen: Seen, layer: int, scores: Tensor, tiers: tuple[Any, ...], costs: list[int], limits: Tensor
     ) -> LayerPlan:
         x = seen.layers[layer]
-        tokens = x.key.shape[1]
+        tokens, rows = x.key.shape[1], all_rows(x)
         mean = int(limits.sum()) // (limits.numel() * max(costs))
         first, last = self.inner.protected(mean, tokens)
         at = torch.arange(tokens, device=x.key.device)
         route = hull_route(
             as_mass(scores, self.scale),
-            torch.stack([quality(one, x) for one in tiers]),
+            torch.stack(
+                [quality(x, round_trip(one.key, x.key, rows), round_trip(one.value, x.value, rows)) for one in tiers]
+            ),
             costs,
             limits[layer].to(x.key.device),
             (at < first) | (at >= tokens - last),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
+from kvbench.cache.codecs.base import Rows
 from kvbench.cache.codecs.exact import Exact
 from kvbench.cache.codecs.from_key import FromKey
 from kvbench.cache.layout import index_dtype
@@ -19,7 +20,7 @@ from kvbench.method import Family, Trust, Wrapper
 from kvbench.plan import Infeasible, LayerPlan, Plan, Tier, keep_all
 from kvbench.prefill import Seen, SeenLayer
 from kvbench.toolbox.routers import as_mass, byte_limits, hull_route, paper_counts, paper_route
-from kvbench.toolbox.tiers import all_rows, few_bits_key, fixed_bytes, quality, tier
+from kvbench.toolbox.tiers import all_rows, few_bits_key, fixed_bytes, quality, round_trip, tier
 from kvbench.toolbox.value_maps import Features, Maps, ValueMaps
 
 
@@ -141,7 +142,9 @@ class Vector(Wrapper):
         first, last = self.inner.protected(int(limits.sum()) // (limits.numel() * max(costs)), tokens)
         at = torch.arange(tokens, device=x.key.device)
         protected = (at < first) | (at >= tokens - last)
-        estimate = self._estimate(seen, x, tiers[-1], angles)
+        rows = replace(all_rows(x), token=seen.token_ids[x.position].repeat(kv_heads))
+        keys = {codec: round_trip(codec, x.key, rows) for codec in {one.key for one in tiers}}
+        estimate = self._estimate(tiers[-1], x, keys[tiers[-1].key], rows, angles)
         joint = self.maps is Maps.layer
         if self.router is Router.paper:
             error = (estimate - x.value).square().sum(-1)
@@ -150,15 +153,15 @@ class Vector(Wrapper):
             heads = [paper_route(scores[i : i + 1], error[i : i + 1], n, protected) for i, n in enumerate(counts)]
             route = torch.cat(heads)
         else:
-            kept = torch.stack([*(quality(one, x) for one in tiers[:-1]), quality(tiers[-1], x, estimate)])
+            values = [*(round_trip(one.value, x.value, rows) for one in tiers[:-1]), estimate]
+            kept = torch.stack([quality(x, keys[t.key], value) for t, value in zip(tiers, values, strict=True)])
             kept = kept.mean(1, keepdim=True) if joint else kept
             route = hull_route(as_mass(scores, self.scale), kept, costs, limits[layer].to(kept.device), protected)
         return route.expand(kv_heads, -1)
 
-    def _estimate(self, seen: Seen, x: SeenLayer, tier: Tier, angles: Angles) -> Tensor:
+    def _estimate(self, tier: Tier, x: SeenLayer, key: Tensor | None, rows: Rows, angles: Angles) -> Tensor:
         """Every value of a layer estimated from its key as the tier would hold it: (kv_heads, tokens, dim), float32."""
         assert isinstance(tier.value, FromKey)
-        rows = replace(all_rows(x), token=seen.token_ids[x.position].repeat(x.key.shape[0]))
-        key = tier.key.round_trip(x.key.flatten(0, 1), rows, seen.dtype)
-        estimate = replace(tier.value, rope=angles).predict(replace(rows, key=key))
+        held = (x.key if key is None else key.to(x.key.dtype)).flatten(0, 1)
+        estimate = replace(tier.value, rope=angles).predict(replace(rows, key=held))
         return estimate + (x.value - estimate).mean(1, keepdim=True) if self.intercept else estimate

@@ -22,7 +22,7 @@ from kvbench.model import Model
 from kvbench.plan import EVICTED, Plan
 from kvbench.prefill import Seen, read_exactly
 from kvbench.toolbox.routers import hull_route
-from kvbench.toolbox.tiers import NAMES, quality, tier
+from kvbench.toolbox.tiers import NAMES, all_rows, quality, round_trip, tier
 
 TOKENS = 120
 SCORERS = [
@@ -146,7 +146,9 @@ def test_survivors_at_4_bits_are_more_and_fewer_bits_keep_less(tiny: Model) -> N
     for name, more in (("int8", 1.2), ("int4", 1.8), ("int2", 2.5)):
         composed = plugins.build_method("compose", scorer="knorm", tiers=[name])
         assert (packed(composed, seen, "0.3")[0].layers[0].route != EVICTED).sum() > more * kept
-    left = [quality(tier(name), seen.layers[0]).mean() for name in NAMES]
+    x, rows = seen.layers[0], all_rows(seen.layers[0])
+    back = [(round_trip(t.key, x.key, rows), round_trip(t.value, x.value, rows)) for t in map(tier, NAMES)]
+    left = [quality(x, key, value).mean() for key, value in back]
     assert left == sorted(left, reverse=True)
     assert left[0] == 1
 

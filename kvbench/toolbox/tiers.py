@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvbench.cache.codecs.base import Rows
+from kvbench.cache.codecs.base import Codec, Rows
 from kvbench.cache.codecs.exact import Exact
 from kvbench.cache.codecs.quant import Quant
 from kvbench.cache.codecs.standardised import Standardised
@@ -45,22 +45,28 @@ KEY_WEIGHT = 6.0  # the variance of attention's logits over the tokens of a head
 
 
 def quality(
-    stored: Tier, x: SeenLayer, value: Float[Tensor, "kv_heads tokens dim"] | None = None
+    x: SeenLayer,
+    key: Float[Tensor, "kv_heads tokens dim"] | None,
+    value: Float[Tensor, "kv_heads tokens dim"] | None,
 ) -> Float[Tensor, "kv_heads tokens"]:
-    """What a tier keeps of each token's share of the attention output, 0 to 1; `value`: as the tier would give it back.
+    """What is kept of each token's share of the attention output, 0 to 1, if it comes back as `key` and `value` (None:
+    as it was).
 
     The output's squared error is attention^2 x (|dv|^2 + (q dk)^2 |v - o|^2) to first order: the relative error of the
     value, and KEY_WEIGHT x the error of the key relative to the mean squared distance of the head's keys from their
     mean, which shifts all logits alike.
     """
-    rows = all_rows(x)
-    exact = x.value.float()
-    if value is None:
-        value = rows.layout.pad(stored.value.round_trip(x.value.flatten(0, 1), rows, torch.float32))
-    lost = (value - exact).square().sum(-1) / exact.square().sum(-1).clamp(min=1e-12)
-    if stored.key != Exact():
-        key = x.key.float()
-        back = rows.layout.pad(stored.key.round_trip(x.key.flatten(0, 1), rows, torch.float32))
-        spread = (key - key.mean(1, keepdim=True)).square().sum(-1).mean(1, keepdim=True)
-        lost = lost + KEY_WEIGHT * (back - key).square().sum(-1) / spread.clamp(min=1e-12)
+    lost = torch.zeros(x.key.shape[:2], device=x.key.device)
+    if value is not None:
+        exact = x.value.float()
+        lost = (value - exact).square().sum(-1) / exact.square().sum(-1).clamp(min=1e-12)
+    if key is not None:
+        exact = x.key.float()
+        spread = (exact - exact.mean(1, keepdim=True)).square().sum(-1).mean(1, keepdim=True)
+        lost = lost + KEY_WEIGHT * (key - exact).square().sum(-1) / spread.clamp(min=1e-12)
     return (1 - lost).clamp(0, 1)
+
+
+def round_trip(codec: Codec, x: Float[Tensor, "kv_heads tokens dim"], rows: Rows) -> Tensor | None:
+    """Every row of a layer as `codec` would give it back, in float32; None: as it was."""
+    return None if codec == Exact() else rows.layout.pad(codec.round_trip(x.flatten(0, 1), rows, torch.float32))
