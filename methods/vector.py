@@ -62,8 +62,8 @@ class Vector(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.key_bits not in (2, 4, 8, 16):
-            raise UsageError(f"method.key_bits={self.key_bits} is not one of 2, 4, 8, 16")
+        if self.key_bits not in (2, 3, 4, 8, 16):
+            raise UsageError(f"method.key_bits={self.key_bits} is not one of 2, 3, 4, 8, 16")
         if not self.retain or len(set(self.retain)) < len(self.retain):
             raise UsageError(f"method.retain={list(self.retain)}: name each tier once, and one at least")
         for name in self.retain:

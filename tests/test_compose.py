@@ -143,7 +143,7 @@ def test_survivors_at_4_bits_are_more_and_fewer_bits_keep_less(tiny: Model) -> N
     exact = plugins.build_method("knorm")
     seen = see(exact, tiny)
     kept = (packed(exact, seen, "0.3")[0].layers[0].route != EVICTED).sum()
-    for name, more in (("int8", 1.2), ("int4", 1.8), ("int2", 2.5)):
+    for name, more in (("int8", 1.2), ("int4", 1.8), ("int3", 2.0), ("int2", 2.5)):
         composed = plugins.build_method("compose", scorer="knorm", tiers=[name])
         assert (packed(composed, seen, "0.3")[0].layers[0].route != EVICTED).sum() > more * kept
     x, rows = seen.layers[0], all_rows(seen.layers[0])
@@ -156,7 +156,7 @@ def test_survivors_at_4_bits_are_more_and_fewer_bits_keep_less(tiny: Model) -> N
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"tiers": ["exact", "int5"]}, "unknown tier 'int5'; known: exact, int8, int4, int2"),
+        ({"tiers": ["exact", "int5"]}, "unknown tier 'int5'; known: exact, int8, int4, int3, int2"),
         ({"tiers": []}, "one at least"),
         ({"tiers": ["int4", "int4"]}, "each tier once"),
         ({"scorer": "full"}, "scores no tokens"),

@@ -17,7 +17,7 @@ from kvbench.plan import EXACT, Tier
 from kvbench.plugins import known
 from kvbench.prefill import SeenLayer
 
-BITS = {"int8": 8, "int4": 4, "int2": 2}
+BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 NAMES = ("exact", *BITS)
 
 
