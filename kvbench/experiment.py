@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from kvbench.list import conf_folder, describe
 from kvbench.measure.progress import Progress
 from kvbench.plugins import known
-from kvbench.run import NotDone, check, guarded, one_line, start
+from kvbench.run import Told, check, guarded, start
 from kvbench.side_by_side import Group, side_by_side
 from kvbench.sweep import composed_words, words
 
@@ -55,12 +55,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> list[list[str]]:
 
 def run(name: str, overrides: Sequence[str], jobs: int = 1) -> int:
     """Runs what is missing of a study; returns the exit code."""
-    code = 0
-
-    def tell(error: Exception) -> None:
-        nonlocal code
-        print(f"kvbench: {one_line(error)}", file=sys.stderr)
-        code = max(code, 1 if isinstance(error, NotDone) else 2)
+    tell = Told()
 
     def elsewhere(groups: Sequence[Group], results: Path) -> None:
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -73,7 +68,7 @@ def run(name: str, overrides: Sequence[str], jobs: int = 1) -> int:
             configs.append(composed_words(cell))
             bar.advance()
     start(configs, tell, cells, elsewhere if jobs > 1 else None)
-    return code
+    return tell.code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -68,6 +68,17 @@ class NotDone(Exception):
     """A sweep has ended and some of its cells have not all their records."""
 
 
+class Told:
+    """Tells what is wrong on stderr, and keeps the exit code that follows from it."""
+
+    def __init__(self) -> None:
+        self.code = 0
+
+    def __call__(self, error: Exception) -> None:
+        print(f"kvbench: {one_line(error)}", file=sys.stderr)
+        self.code = max(self.code, 1 if isinstance(error, NotDone) else 2)
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM."""
 
@@ -129,12 +140,7 @@ def compose(argv: list[str], action: Action | None, begin: Callable[..., object]
     if not arguments.config_name and runs_local_models(chosen) and reads_local_data(chosen):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which reads it once
 
-    code = 0
-
-    def tell(error: Exception) -> None:
-        nonlocal code
-        print(f"kvbench: {one_line(error)}", file=sys.stderr)
-        code = max(code, 1 if isinstance(error, NotDone) else 2)
+    tell = Told()
 
     def job(*configs: Node, **launcher: Any) -> None:  # a launcher gives all of a sweep, and how to run it
         if action:
@@ -152,7 +158,7 @@ def compose(argv: list[str], action: Action | None, begin: Callable[..., object]
             run()
         finally:
             sys.argv = before
-    return code
+    return tell.code
 
 
 def start(

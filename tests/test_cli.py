@@ -192,14 +192,11 @@ def test_the_list_has_the_name_first(plugin_folder: Path, capsys: pytest.Capture
     assert "snapkv" not in capsys.readouterr().out
 
 
-def test_the_list_is_quick(tmp_path: Path) -> None:
+def test_the_list_imports_nothing_heavy(tmp_path: Path) -> None:
     code = """
-import sys, time
-began = time.perf_counter()
+import sys
 from kvbench.list import main
 main([])
-print(time.perf_counter() - began, sorted({"torch", "hydra", "numpy"} & set(sys.modules)), file=sys.stderr)
+print(sorted({"torch", "hydra", "numpy"} & set(sys.modules)), file=sys.stderr)
 """
-    seconds, _, imported = python(code, tmp_path).stderr.strip().partition(" ")
-    assert imported == "[]"
-    assert float(seconds) < 0.5
+    assert python(code, tmp_path).stderr.strip() == "[]"
