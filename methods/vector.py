@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
-from kvbench.cache.codecs.base import Rows
 from kvbench.cache.codecs.exact import Exact
 from kvbench.cache.codecs.from_key import FromKey
 from kvbench.cache.layout import index_dtype
@@ -40,7 +39,8 @@ class Vector(Wrapper):
     `maps=layer` all heads of a layer route together, since the map reads every head's key. Ours, and named so:
     `router=utility` (importance x reconstructability per byte), `features=key_token` (the token's embedding helps to
     estimate its value), `intercept` (the mean error of a context, held with it), `key_bits=4` (keys of approximated
-    tokens) and `retain` (how tokens are retained: in any of some tiers); see method=tiered. Maps are fitted on
+    tokens), `retain` (how tokens are retained: in any of some tiers) and `one_price` (a byte is worth the same in all
+    layers and KV heads, whatever rows the base gives them); see method=tiered. Maps are fitted on
     `texts`, disjoint from every task, on first use (`calibration_draw`: in another order of the documents); they are
     shared by all contexts and reported as `bytes_shared`.
     """
@@ -56,6 +56,7 @@ class Vector(Wrapper):
     intercept: bool = True
     key_bits: int = 16
     retain: tuple[str, ...] = ("exact",)
+    one_price: bool = False
     texts: tuple[str, ...] = CALIBRATION_TEXTS
     calibration_tokens: int = 32768
     calibration_draw: int = 0
@@ -68,8 +69,8 @@ class Vector(Wrapper):
             raise UsageError(f"method.retain={list(self.retain)}: name each tier once, and one at least")
         for name in self.retain:
             tier(name)
-        if self.router is Router.paper and len(self.retain) > 1:
-            raise UsageError("method.router=paper knows one way to retain a token: name one tier in method.retain")
+        if self.router is Router.paper and (len(self.retain) > 1 or self.one_price):
+            raise UsageError("method.router=paper knows neither several tiers in method.retain nor method.one_price")
 
     @property
     def value_maps(self) -> ValueMaps:
@@ -90,9 +91,13 @@ class Vector(Wrapper):
         limits = byte_limits(self.scorer, seen, scores, limit, row)
         if self.maps is Maps.layer:  # one route for all heads
             scores, limits = [x.mean(0, keepdim=True) for x in scores], limits.sum(1, keepdim=True)
-        angles = Angles(seen.network.rope, seen.next_position, seen.token_ids.device)
-        routes = [self._route(seen, i, scores[i], tiers[i], costs, limits, angles) for i in range(len(seen.layers))]
-        return Plan(tuple(LayerPlan(t, route) for t, route in zip(tiers, routes, strict=True)))
+        tokens = scores[0].shape[1]
+        first, last = self.inner.protected(int(limits.sum()) // (limits.numel() * max(costs)), tokens)
+        at = torch.arange(tokens, device=scores[0].device)
+        route = self._paper if self.router is Router.paper else self._utility
+        routes = route(seen, scores, tiers, costs, limits, (at < first) | (at >= tokens - last))
+        kv_heads = seen.layers[0].key.shape[0]
+        return Plan(tuple(LayerPlan(t, x.expand(kv_heads, -1)) for t, x in zip(tiers, routes, strict=True)))
 
     def _approximate(self, seen: Seen, layer: int) -> Tier:
         """The tier of a layer's approximated tokens."""
@@ -127,41 +132,65 @@ class Vector(Wrapper):
             raise Infeasible(budget.charged(0, ids) + units * (fixed + least), budget.limit)
         return costs, limit
 
-    def _route(
+    def _paper(
         self,
         seen: Seen,
-        layer: int,
-        scores: Tensor,
-        tiers: tuple[Tier, ...],
+        scores: list[Tensor],
+        tiers: list[tuple[Tier, ...]],
         costs: tuple[int, ...],
         limits: Tensor,
-        angles: Angles,
-    ) -> Tensor:
-        x = seen.layers[layer]
-        kv_heads, tokens, _ = x.key.shape
-        first, last = self.inner.protected(int(limits.sum()) // (limits.numel() * max(costs)), tokens)
-        at = torch.arange(tokens, device=x.key.device)
-        protected = (at < first) | (at >= tokens - last)
-        rows = replace(all_rows(x), token=seen.token_ids[x.position].repeat(kv_heads))
-        keys = {codec: round_trip(codec, x.key, rows) for codec in {one.key for one in tiers}}
-        estimate = self._estimate(tiers[-1], x, keys[tiers[-1].key], rows, angles)
-        joint = self.maps is Maps.layer
-        if self.router is Router.paper:
-            error = (estimate - x.value).square().sum(-1)
-            error = error.sum(0, keepdim=True) if joint else error
-            counts = [paper_counts(tokens, (costs[0], costs[1]), limit) for limit in limits[layer].tolist()]
-            heads = [paper_route(scores[i : i + 1], error[i : i + 1], n, protected) for i, n in enumerate(counts)]
-            route = torch.cat(heads)
-        else:
-            values = [*(round_trip(one.value, x.value, rows) for one in tiers[:-1]), estimate]
-            kept = torch.stack([quality(x, keys[t.key], value) for t, value in zip(tiers, values, strict=True)])
-            kept = kept.mean(1, keepdim=True) if joint else kept
-            route = hull_route(as_mass(scores, self.scale), kept, costs, limits[layer].to(kept.device), protected)
-        return route.expand(kv_heads, -1)
+        protected: Tensor,
+    ) -> list[Tensor]:
+        """The route of each layer, for each unit."""
+        routes = []
+        angles = Angles(seen.network.rope, seen.next_position, seen.token_ids.device)
+        for x, score, (_, approximate), limit in zip(seen.layers, scores, tiers, limits.tolist(), strict=True):
+            error = (self._estimate(seen, x, approximate, angles)[1] - x.value).square().sum(-1)
+            error = error.sum(0, keepdim=True) if self.maps is Maps.layer else error
+            counts = [paper_counts(score.shape[1], (costs[0], costs[1]), one) for one in limit]
+            units = zip(score.split(1), error.split(1), counts, strict=True)
+            routes.append(torch.cat([paper_route(*unit, protected) for unit in units]))
+        return routes
 
-    def _estimate(self, tier: Tier, x: SeenLayer, key: Tensor | None, rows: Rows, angles: Angles) -> Tensor:
-        """Every value of a layer estimated from its key as the tier would hold it: (kv_heads, tokens, dim), float32."""
+    def _utility(
+        self,
+        seen: Seen,
+        scores: list[Tensor],
+        tiers: list[tuple[Tier, ...]],
+        costs: tuple[int, ...],
+        limits: Tensor,
+        protected: Tensor,
+    ) -> list[Tensor]:
+        """The route of each layer, for each unit."""
+        angles = Angles(seen.network.rope, seen.next_position, seen.token_ids.device)
+        mass = [as_mass(score, self.scale) for score in scores]
+        kept = (self._kept(seen, x, some, angles) for x, some in zip(seen.layers, tiers, strict=True))
+        if not self.one_price:
+            units = zip(mass, kept, limits.to(mass[0].device), strict=True)
+            return [hull_route(m, k, costs, limit, protected) for m, k, limit in units]
+        every = torch.stack(mass)
+        worth = torch.stack(list(kept), 1).flatten(1)[:, None]
+        limit, protected = limits.sum()[None].to(every.device), protected.repeat(every[..., 0].numel())
+        return list(hull_route(every.flatten()[None], worth, costs, limit, protected).view_as(every))
+
+    def _kept(self, seen: Seen, x: SeenLayer, tiers: tuple[Tier, ...], angles: Angles) -> Tensor:
+        """What each tier keeps of a layer's tokens, unit by unit: (tiers, units, tokens)."""
+        rows = all_rows(x)
+        key, estimate = self._estimate(seen, x, tiers[-1], angles)
+        keys = {tiers[-1].key: key}
+        found = []
+        for one in tiers[:-1]:
+            back = keys[one.key] if one.key in keys else round_trip(one.key, x.key, rows)
+            found.append(quality(x, back, round_trip(one.value, x.value, rows)))
+        kept = torch.stack([*found, quality(x, key, estimate)])
+        return kept.mean(1, keepdim=True) if self.maps is Maps.layer else kept
+
+    def _estimate(self, seen: Seen, x: SeenLayer, tier: Tier, angles: Angles) -> tuple[Tensor | None, Tensor]:
+        """Every key of a layer as the tier would hold it (None: as it is) and the value estimated from it, in float32:
+        (kv_heads, tokens, dim)."""
         assert isinstance(tier.value, FromKey)
+        rows = replace(all_rows(x), token=seen.token_ids[x.position].repeat(x.key.shape[0]))
+        key = round_trip(tier.key, x.key, rows)
         held = (x.key if key is None else key.to(x.key.dtype)).flatten(0, 1)
         estimate = replace(tier.value, rope=angles).predict(replace(rows, key=held))
-        return estimate + (x.value - estimate).mean(1, keepdim=True) if self.intercept else estimate
+        return key, estimate + (x.value - estimate).mean(1, keepdim=True) if self.intercept else estimate

@@ -132,6 +132,25 @@ def test_every_variant_stays_within_its_bytes(tiny: Model, options: dict[str, An
 
 
 @pytest.mark.usefixtures("own_cache", "corpora")
+@pytest.mark.parametrize("maps", Maps)
+def test_one_price_moves_bytes_to_where_they_are_worth_more(tiny: Model, maps: Maps) -> None:
+    """Over all layers and KV heads the importance kept is no less than with equal shares, in no more bytes."""
+    options: dict[str, Any] = {"base": "h2o", "key_bits": 4, "retain": ("int8", "int4"), "maps": maps}
+    shares, price = (plugins.build_method("vector", one_price=one, **options) for one in (False, True))
+    seen = seen_by(tiny, shares)
+    plans = [plan_at(method, seen, "0.2") for method in (shares, price)]
+    caches = [CompressedCache.pack(plan, seen) for plan in plans]
+    assert max(cache.nbytes for cache in caches) <= 0.2 * tiny.network.row_bytes() * TOKENS
+    routes = [torch.stack([layer.route for layer in plan.layers]) for plan in plans]
+    mass = torch.stack([shares.scores(seen, i) for i in range(len(seen.layers))])
+    kept = [float(mass[route >= 0].sum().detach()) for route in routes]
+    assert kept[1] > 0.98 * kept[0]
+    assert not torch.equal((routes[0] >= 0).sum(-1), (routes[1] >= 0).sum(-1))
+    with pytest.raises(UsageError, match="one_price"):
+        replace(price, router=type(price.router).paper, retain=("int4",))
+
+
+@pytest.mark.usefixtures("own_cache", "corpora")
 def test_shared_bytes_are_the_maps_that_are_read(tiny: Model) -> None:
     network = tiny.network
     for features, width in ((Features.key, 16), (Features.key_token, 16 + 64)):
