@@ -11,7 +11,7 @@ from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
 from kvbench.cache.codecs.exact import Exact
 from kvbench.cache.codecs.from_key import FromKey
-from kvbench.cache.layout import index_dtype
+from kvbench.cache.layout import index_dtype, look_up
 from kvbench.cache.rope import Angles
 from kvbench.corpora import CALIBRATION_TEXTS
 from kvbench.errors import UsageError
@@ -89,14 +89,15 @@ class Vector(Wrapper):
         limits = byte_limits(self.scorer, seen, scores, limit, row)
         if self.maps is Maps.layer:  # one route for all heads
             scores, limits = [x.mean(0, keepdim=True) for x in scores], limits.sum(1, keepdim=True)
-        angles = Angles(seen.network.rope, seen.next_position, seen.token_ids.device)
+        angles = Angles(seen.network.rope, seen.next_position)
         routes = [self._route(seen, i, scores[i], tiers[i], costs, limits, angles) for i in range(len(seen.layers))]
         return Plan(tuple(LayerPlan(t, route) for t, route in zip(tiers, routes, strict=True)))
 
     def _approximate(self, seen: Seen, layer: int) -> Tier:
         """The tier of a layer's approximated tokens."""
         name = f"{self.features.name}.{self.maps.name}.{layer}"
-        weight, bias = (seen.artefacts[self.value_maps].tensors[f"{name}.{part}"] for part in ("weight", "bias"))
+        maps, device = seen.artefacts[self.value_maps], seen.layers[layer].key.device
+        weight, bias = (maps.tensor(f"{name}.{part}", device) for part in ("weight", "bias"))
         table = seen.network.embeddings if self.features is Features.key_token else None
         key = Exact() if self.key_bits == 16 else few_bits_key(self.key_bits)
         joint = self.maps is Maps.layer
@@ -158,7 +159,7 @@ class Vector(Wrapper):
     def _estimate(self, seen: Seen, x: SeenLayer, tier: Tier, angles: Angles) -> Tensor:
         """Every value of a layer estimated from its key as the tier would hold it: (kv_heads, tokens, dim), float32."""
         assert isinstance(tier.value, FromKey)
-        rows = replace(all_rows(x), token=seen.token_ids[x.position].repeat(x.key.shape[0]))
+        rows = replace(all_rows(x), token=look_up(seen.token_ids, x.position).repeat(x.key.shape[0]))
         key = tier.key.round_trip(x.key.flatten(0, 1), rows, seen.dtype)
         estimate = replace(tier.value, rope=angles).predict(replace(rows, key=key))
         return estimate + (x.value - estimate).mean(1, keepdim=True) if self.intercept else estimate
