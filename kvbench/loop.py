@@ -139,7 +139,7 @@ def _answer(
 
 
 def _room(devices: Sequence[torch.device]) -> int:
-    """Bytes that compressed contexts waiting for the same question may take: half of what is free, alike on each GPU."""
+    """Bytes that compressed contexts waiting for the same question may take: half of what is free."""
     if all(device.type == "cuda" for device in devices):
         return len(devices) * min(torch.cuda.mem_get_info(device)[0] for device in devices) // 2
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

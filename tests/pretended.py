@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses, such as torch's lazy causal mask, are on no device
 _MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda}
-_NEW = {Tensor.new_tensor, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty}
+_STRICT = {torch.cat, torch.stack}
 
 
 def where(tensor: Tensor) -> torch.device:
@@ -43,7 +43,7 @@ class Pretended(TorchFunctionMode):
         given = [*_tensors(args), *_tensors(list(kwargs.values()))]
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             given = [args[0], *(x for x in given[1:] if where(x) != CPU or func is Tensor.__setitem__)]
-        device = _together(given, func)
+        device = _together(given, func)  # a new tensor is where those are that it is made of
         if asked is not None:
             device = torch.device("cuda", asked) if isinstance(asked, int) else torch.device(asked)
         found = func(*args, **kwargs)
@@ -63,7 +63,7 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 def _together(given: list[Tensor], func: Any) -> torch.device:
     """Where the operation happens. Raises RuntimeError for tensors of several devices."""
-    devices = {where(x) for x in given if x.dim() or where(x) != CPU}
+    devices = {where(x) for x in given if x.dim() or where(x) != CPU or func in _STRICT}
     if len(devices) > 1:
         raise RuntimeError(f"{getattr(func, '__name__', func)} mixes {', '.join(sorted(map(str, devices)))}")
     return devices.pop() if devices else CPU

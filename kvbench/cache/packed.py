@@ -112,7 +112,10 @@ class Slab:
     def rows(self, token_ids: Int[Tensor, " tokens"] | None, like: torch.dtype) -> Rows:
         """What the value codec may know of the rows: the decoded keys included."""
         position = self.positions()
-        token = widen(look_up(token_ids, position)) if self.tier.needs_token and token_ids is not None else None
+        token = None
+        if self.tier.needs_token and token_ids is not None:
+            assert position is not None, "a codec that needs tokens needs positions too"
+            token = widen(look_up(token_ids, position))
         rows = Rows(self.layout, position, token)
         return replace(rows, key=self.tier.key.decode(self.key, rows, self.key_fixed, like))
 

@@ -12,8 +12,8 @@ import torch
 class Peak:
     """`with peak: ...` leaves in `nbytes` the peak of CUDA's allocator, or of the whole process on a CPU.
 
-    Of several devices it is the sum of their peaks, which need not be at one time. `grown` is by how much that is more than what was in use at the beginning. Both are None where the system can't tell
-    (a CPU without Linux's /proc).
+    `grown` is by how much that is more than what was in use at the beginning. Both are None where the system can't tell
+    (a CPU without Linux's /proc), and sums over several GPUs, whose peaks need not be at one time.
     """
 
     def __init__(self, *devices: torch.device) -> None:
