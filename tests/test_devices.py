@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,17 +15,19 @@ from test_methods import DECODING, METHODS, near
 from torch import Tensor
 
 import kvbench
+from kvbench import loop, plugins
 from kvbench.artefact import Calibration, load_or_fit
 from kvbench.budget import Budget
 from kvbench.cache.fork import Fork, acts_in_time
 from kvbench.cache.hf import Network
 from kvbench.cache.packed import CompressedCache
-from kvbench.cell import ModelConfig
+from kvbench.cell import Cell, ModelConfig, Settings
 from kvbench.decode import follow, greedy, rows_together
 from kvbench.method import Method
 from kvbench.model import Model
 from kvbench.prefill import Reader, read_exactly
 from kvbench.prompt import Writer
+from kvbench.store import read_cell
 from kvbench.toolbox.head_maps import CopyingHeads, RecallingHeads
 from kvbench.toolbox.low_rank import Directions
 from kvbench.toolbox.planes import PlaneAgreement
@@ -33,6 +36,7 @@ from kvbench.toolbox.value_maps import ValueMaps
 
 TOKENS = 80
 SEVERAL = ["cuda:0", "cuda:1", "cuda:2"]
+FACTS = {"weights": "random-0", "device": "pretended", "torch_threads": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +55,7 @@ def whole(devices: list[str]) -> Model:
     tokenizer = byte_tokenizer()
     config = ModelConfig(name="three", path="three", dtype="float32")
     network = Network(spread_model(devices))
-    return Model(config, network, Writer(tokenizer), frozenset({tokenizer.eos_token_id}), {"weights": "random-0"})
+    return Model(config, network, Writer(tokenizer), frozenset({tokenizer.eos_token_id}), FACTS)
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +193,23 @@ def test_a_fit_is_the_same(calibration: Calibration, one: Model, several: Model)
     assert all(same(first[name], second[name]) for name in first)
 
 
-def test_answers_advance_together(several: Model) -> None:
+@pytest.mark.usefixtures("own_cache", "corpora")
+def test_a_sweep_has_the_same_records(
+    one: Model, several: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole cells, answers in one batch."""
     assert rows_together(several.network, 4) == 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    task = plugins.load("tasks", "lm")(context=TOKENS, continuation=4, max_new_tokens=6)
+    cells = [Cell(one.config, METHODS[name], Budget.parse("0.4"), task) for name in ("full", "adakv", "fastkv")]
+    for model in (one, several):
+        monkeypatch.setattr(loop, "load_model", lambda config, model=model: model)
+        loop.run_cells(cells, Settings(tmp_path / str(len(model.network.devices)), limit=2), alone=False)
+    for cell in cells:
+        first, second = (read_cell(cell.folder(tmp_path / devices)) for devices in ("1", "3"))
+        assert first[0]["status"] == second[0]["status"] == "done"
+        assert first[1] == second[1]
+        assert len(first[1]) == 2
 
 
 @pytest.mark.usefixtures("own_cache")
