@@ -31,10 +31,8 @@ class Pretended(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == Tensor.device.__get__:  # type: ignore[attr-defined]
-            return where(args[0])
-        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return where(args[0]).type == "cuda"
+        if func.__name__ == "__get__":
+            return _read(func, args[0])
         if func is Tensor.pin_memory:
             return args[0]
         if func in _MOVES:
@@ -51,6 +49,18 @@ class Pretended(TorchFunctionMode):
             if not any(x is y for y in given):
                 x.pretended = device  # type: ignore[attr-defined]
         return found
+
+
+def _read(func: Any, x: Tensor) -> Any:
+    """An attribute, such as `.device` or `.mT`."""
+    if func.__self__ is Tensor.device:
+        return where(x)
+    if func.__self__ is Tensor.is_cuda:
+        return where(x).type == "cuda"
+    found = func(x)
+    if isinstance(found, Tensor):
+        found.pretended = where(x)  # type: ignore[attr-defined]
+    return found
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:

@@ -137,7 +137,7 @@ def test_a_method_that_mixes_is_caught(several: Model, monkeypatch: pytest.Monke
 
 
 def answered(method: Method, model: Model, fitted: Model) -> list[Any]:
-    """All that a method makes of a context, at two budgets: bytes, question, answers, alone and together."""
+    """All that a method makes of a context at two budgets: bytes, a question, two answers in one batch."""
     network = model.network
     ids = ids_of(network, TOKENS).to(network.device)
     seen = read_exactly(network, ids, method.needs, "c", chunk=64)
@@ -151,16 +151,15 @@ def answered(method: Method, model: Model, fitted: Model) -> list[Any]:
         else:
             caches.append(CompressedCache.pack(method.plan(seen, allowance), seen))
     found: list[Any] = [[(cache.nbytes, cache.offloaded, cache.planned) for cache in caches]]
-    for tiered in (False, True)[: 2 - acts_in_time(method)]:
-        forks = [Fork(cache, method, tiered) for cache in caches]
-        fed = ids_of(network, 3, seed=2).to(network.device)
-        asked = [follow(network, fork, fed, [[1, 2], [4]]) for fork in forks]
-        firsts = torch.stack([first for first, _ in asked])
-        found.append([(first, [x.logits for x in branches]) for first, branches in asked])
-        found.append(greedy(network, [fork.fork() for fork in forks], firsts, lambda _: False, 3, rows=3))
-        found.append([(fork.usage.held, [*map(int, fork.usage.read)], [*map(int, fork.usage.moved)]) for fork in forks])
-        for fork in forks:
-            for layer, device in zip(fork.layers, network.placement, strict=True):
+    for cache, tiered in zip(caches, (False, not acts_in_time(method)), strict=True):
+        fork = Fork(cache, method, tiered)
+        first, branches = follow(network, fork, ids_of(network, 3, seed=2).to(network.device), [[1, 2], [4]])
+        forks = [fork, fork.fork()]
+        found += [first, [x.logits for x in branches]]
+        found.append(greedy(network, forks, torch.stack([first, -first]), lambda _: False, 3, rows=3))
+        found.append([[*map(int, part)] for x in forks for part in (x.usage.held, x.usage.read, x.usage.moved)])
+        for one in forks:
+            for layer, device in zip(one.layers, network.placement, strict=True):
                 assert {x.device for x in (*layer.packed.tensors(), *layer.working())} == {device}
     return found
 

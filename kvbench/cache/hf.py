@@ -268,9 +268,7 @@ def generating(network: Network, start: Start) -> Iterator[None]:
                 raise _not_implemented("a prompt in chunks, or one that goes on after an earlier call")
             logits = cache.step(ids)
         else:
-            if position_ids is not None and not torch.equal(
-                position_ids[0].to(ids.device), torch.arange(len(ids), device=ids.device)
-            ):
+            if position_ids is not None and position_ids[0].tolist() != list(range(len(ids))):
                 raise _not_implemented("positions of your own")
             step, logits = start(ids)
             cache = _Going(step, 0)
