@@ -8,10 +8,11 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +34,13 @@ class Artefact:
     tensors: Mapping[str, Tensor]
     header: Mapping[str, Any]
     digest: str
+    _moved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """A tensor on the device of the layer that reads it: moved there once."""
+        if (name, device) not in self._moved:
+            self._moved[name, device] = self.tensors[name].to(device)
+        return self._moved[name, device]
 
 
 class Calibration(ABC):
@@ -71,11 +79,12 @@ def load_or_fit(calibration: Calibration, model: Model) -> Artefact:
 
 def load(file: Path, model: Model) -> Artefact:
     """Raises UsageError for a file of another format or one fitted for another model."""
-    with safe_open(file, framework="pt", device=str(model.network.device)) as opened:
+    with safe_open(file, framework="pt") as opened:
         header = json.loads((opened.metadata() or {}).get("kvbench", "{}"))
         if header.get("format") != _FORMAT:
             raise UsageError(f"{file} is no artefact of this version of kvbench: delete it, it will be fitted again")
         if header["model"] != model.identity:
             raise UsageError(f"{file} was fitted for {header['model']['name']}, not for {model.identity['name']}")
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        names = opened.keys()
+        tensors = {name: opened.get_tensor(name).to(model.network.device) for name in names}
     return Artefact(tensors, header, hashlib.sha256(file.read_bytes()).hexdigest()[:16])

@@ -25,7 +25,7 @@ class ModelConfig:
     weights: str = "trained"  # or `random`, for bytes and latency: from the shape alone, nothing else is fetched
     dtype: str = "bfloat16"  # of the cache, in which bytes are counted
     compute: str = "auto"  # of the layers; auto: as `dtype`, but float32 on a CPU that has no such instructions
-    device: str = "auto"  # auto: CUDA where there is one, else the CPU
+    device: str = "auto"  # auto: CUDA where there is one, else the CPU; spread: its layers over all GPUs (accelerate)
     chat: bool = True  # wrap prompts in the tokenizer's chat template
     template: dict[str, Any] = dataclasses.field(default_factory=dict)  # extra arguments of the chat template
     together: int = 8  # answers of several cells that are decoded in one batch, where that changes no bit of any

@@ -89,7 +89,7 @@ def _evaluate_unit(runs: Sequence[CellRun], model: Model, context: Context, unit
     tokens = torch.tensor(unit.ids, device=network.device)
     seen = read_exactly(network, tokens, needs, unit.id, model.config.prefill_chunk)
     full = ask_full(model, CompressedCache.pack(keep_all(seen), seen), unit)
-    room = _room(network.device)
+    room = _room(network.devices)
     company: list[_Compressed] = []
     for run in runs:
         bar.say(run.cell.label)
@@ -138,8 +138,8 @@ def _answer(
                 _answer([one], model, context, unit, full)
 
 
-def _room(device: torch.device) -> int:
+def _room(devices: Sequence[torch.device]) -> int:
     """Bytes that compressed contexts waiting for the same question may take: half of what is free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+    if all(device.type == "cuda" for device in devices):
+        return len(devices) * min(torch.cuda.mem_get_info(device)[0] for device in devices) // 2
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -51,13 +51,17 @@ def load_model(config: ModelConfig) -> Model:
 
 
 def pretrained(config: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
-    """(transformers' model on its device, its tokenizer, the facts a header needs). Raises UsageError."""
+    """(transformers' model on its device or devices, its tokenizer, the facts a header needs). Raises UsageError."""
     path, source = config.path, "hub"
     if path.startswith("embedded:"):
         path, source = str(fetch.embedded_model()), "embedded"
     elif Path(path).expanduser().is_dir():
         path, source = str(Path(path).expanduser()), "folder"
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    spread, random = config.device == "spread", config.weights == "random"
+    if spread and random:
+        raise UsageError("model.device=spread is for trained weights: random ones are drawn on one device")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = found if config.device in ("auto", "spread") else config.device
     dtype = getattr(torch, config.dtype)
     compute = _compute_dtype(dtype, device) if config.compute == "auto" else getattr(torch, config.compute)
     logging.disable_progress_bar()  # a second's worth of bars on every run
@@ -65,26 +69,32 @@ def pretrained(config: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
         about = AutoConfig.from_pretrained(path, revision=config.revision)
         check_supported(about)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
-        if config.weights == "random":
+        if random:
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(about, dtype=compute)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                path, revision=config.revision, dtype=compute, use_safetensors=True
+                path,
+                revision=config.revision,
+                dtype=compute,
+                use_safetensors=True,
+                device_map="auto" if spread else None,
             )
     except OSError as error:
         hint = f"fetch it with `hf download {path}` or set model.path to a local folder"
         raise UsageError(f"the weights of {config.name} are not to be had: {hint}") from error
+    model = model if spread else model.to(torch.device(device))
+    used = dict.fromkeys(p.device for p in model.parameters())
     facts = {
         "source": source,
-        "weights": "random" if config.weights == "random" else _weights_name(source, Path(path), about),
+        "weights": "random" if random else _weights_name(source, Path(path), about),
         "compute": str(compute).removeprefix("torch."),
         "prefill_chunk": config.prefill_chunk,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "device": ", ".join(torch.cuda.get_device_name(x) if x.type == "cuda" else x.type for x in used),
         "torch_threads": torch.get_num_threads(),
     }
-    return model.to(torch.device(device)), tokenizer, facts
+    return model, tokenizer, facts
 
 
 def end_ids(model: Any) -> frozenset[int]:

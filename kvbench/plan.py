@@ -251,7 +251,7 @@ def allocated(seen: Seen, scores: Scores, budget: Allowance, allocate: Allocate)
         rows = (budget.limit - spent) // row
         if rows >= int((most.flatten() * torch.tensor(heads)).sum()):
             return most.expand(-1, heads[0])
-        return allocate(seen, scores, rows).cpu().minimum(most)
+        return allocate(seen, seen.network.gather(scores), rows).cpu().minimum(most)
 
     counts = fill(0)
     uneven = int((counts != counts[:, :1]).any(1).sum())

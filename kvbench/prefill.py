@@ -194,7 +194,7 @@ class Reader:
         self.artefacts = artefacts or {}
         self.model = model  # whose network it is
         statistics = list(statistics)
-        self._clocks = {s: Stopwatch(network.device) for s in statistics}
+        self._clocks = {s: Stopwatch(*network.devices) for s in statistics}
         self.recorders = [Recorder(i, len(ids), network, statistics, self._clocks) for i in range(network.layers)]
         self._positions: dict[int, Tensor] = {}
         self._packed: dict[int, CompressedCache] = {}  # of one layer each
@@ -263,14 +263,15 @@ class Reader:
         x = self.recorders[layer]
         assert x.key is not None, f"layer {layer} has not been run"
         assert x.value is not None
-        every = torch.arange(x.key.shape[1], device=self.token_ids.device)
-        return SeenLayer(x.key, x.value, self._positions.get(layer, every))
+        every = torch.arange(x.key.shape[1], device=x.key.device)
+        return SeenLayer(x.key, x.value, self._positions.get(layer, every).to(x.key.device))
 
     def empty(self) -> CompressedCache:
         """A compressed context of no tokens, for a fork that reads block by block."""
         network = self.network
-        rows = torch.empty(network.kv_heads, 0, network.dim, dtype=network.dtype, device=self.token_ids.device)
-        layers = [PackedLayer((), None, rows)] * network.layers
+        size = (network.kv_heads, 0, network.dim)
+        rows = [torch.empty(size, dtype=network.dtype, device=device) for device in network.placement]
+        layers = [PackedLayer((), None, x) for x in rows]
         return CompressedCache.of(layers, [None] * network.layers, self.token_ids[:0], 0, network.rope)
 
     def read(self, ids: Int[Tensor, " new"]) -> Seen:

@@ -81,7 +81,7 @@ def _read(run: CellRun, model: Model, unit: Unit) -> _Read | None:
         return None
     network = model.network
     ids = torch.tensor(unit.ids, device=network.device)
-    watch, peak, energy = Stopwatch(network.device), Peak(network.device), Energy(network.device)
+    watch, peak, energy = Stopwatch(*network.devices), Peak(*network.devices), Energy(*network.devices)
     with peak, energy, watch:
         seen = read_exactly(network, ids, run.method.needs, unit.id, model.config.prefill_chunk)
     return _Read(seen, watch.seconds - sum(seen.seconds.values()), peak.nbytes, energy.joules)
@@ -91,8 +91,8 @@ def _measure(run: CellRun, model: Model, unit: Unit, read: _Read | None) -> dict
     """A timing record: the names are those of docs/metrics.md."""
     network, turn = model.network, unit.turns[0]
     ids, fed = (torch.tensor(x, device=network.device) for x in (unit.ids, [turn.fed]))
-    packing, peak, energy = Peak(network.device), Peak(network.device), Energy(network.device)
-    compressing, feeding = Stopwatch(network.device), Stopwatch(network.device)
+    packing, peak, energy = Peak(*network.devices), Peak(*network.devices), Energy(*network.devices)
+    compressing, feeding = Stopwatch(*network.devices), Stopwatch(*network.devices)
     steps: list[float] = []
     with energy:
         with packing, compressing:
@@ -102,7 +102,7 @@ def _measure(run: CellRun, model: Model, unit: Unit, read: _Read | None) -> dict
                 fork = Fork(cache, run.method)
                 last = feed(network, [fork], fed, last_only=True)[:, -1].argmax(-1, keepdim=True)
             for _ in range(STEPS):
-                step = Stopwatch(network.device)
+                step = Stopwatch(*network.devices)
                 with step:
                     last = feed(network, [fork], last, last_only=True)[:, -1].argmax(-1, keepdim=True)
                 steps.append(step.seconds)
@@ -129,7 +129,7 @@ def _measure(run: CellRun, model: Model, unit: Unit, read: _Read | None) -> dict
 
 def _joules_per_token(network: Network, fork: Fork, last: Tensor) -> dict[str, Any]:
     """Of decoding on for a second, which the GPU's counter needs; nothing is decoded where there is none."""
-    energy = Energy(network.device)
+    energy = Energy(*network.devices)
     with energy:
         pass
     if energy.joules is None:

@@ -118,8 +118,8 @@ class ARKV(Method):
         """Of each layer: how much of it should be exact, at most 1."""
         before = max(len(seen.token_ids) - self.window, 0)
         moments = [x[1:, :, :before].double().sum((1, 2)) for x in seen.statistics[WindowMoments(self.window)]]
-        variance, entropy = torch.stack(moments, 1)
-        kurtosis = torch.stack(seen.statistics[WindowKurtosis(self.window)])
+        variance, entropy = torch.stack(seen.network.gather(moments), 1)
+        kurtosis = torch.stack(seen.network.gather(seen.statistics[WindowKurtosis(self.window)]))
         wanted = entropy ** (1 / self.tau1) * variance ** (1 / self.tau2) * kurtosis ** (1 / self.tau3)
         most = wanted.max()
         return (wanted / most if most > 0 else torch.ones_like(wanted)).tolist()

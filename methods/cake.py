@@ -48,9 +48,8 @@ class Cake(Wrapper):
     ) -> Int[Tensor, "layers kv_heads"]:
         kv_heads, tokens = scores[0].shape
         before = max(tokens - self.window, 0)
-        sums = torch.stack(
-            [x[1:, :, :before].double().sum((1, 2)) for x in seen.statistics[WindowMoments(self.window)]]
-        )
+        moments = [x[1:, :, :before].double().sum((1, 2)) for x in seen.statistics[WindowMoments(self.window)]]
+        sums = torch.stack(seen.network.gather(moments))
         preference = sums[:, 1] ** (1 / self.tau1) * sums[:, 0] ** (1 / self.tau2)
         least = max(sum(protected_rows(seen, self.protect, rows)), 1)
         counts = share_out(preference, rows // kv_heads, least, tokens)

@@ -66,8 +66,9 @@ class FASA(Method):
         reading = layer_reading(seen, budget, least, self.dense)
         if reading.everything:
             return keep_all(seen)
-        each = enumerate(zip(best, widths, strict=True))
-        return keep_all_with(seen, (None if i < self.dense else (reading, mean, x.clone(), w) for i, (x, w) in each))
+        own = (x.to(y.key.device, copy=True) for x, y in zip(best, seen.layers, strict=True))
+        each = enumerate(zip(own, widths, strict=True))
+        return keep_all_with(seen, (None if i < self.dense else (reading, mean, x, w) for i, (x, w) in each))
 
     def select(self, state: Any, event: Event) -> tuple[Any, Selection]:
         if state is None or state[0].all(event.slots):

@@ -10,6 +10,7 @@ from torch.nn.functional import avg_pool1d
 
 from kvbench.budget import Allowance
 from kvbench.cache.attention import attention_weights, causal_mask
+from kvbench.cache.layout import look_up
 from kvbench.cache.packed import CompressedCache
 from kvbench.errors import UsageError
 from kvbench.method import Family, Method, Trust
@@ -56,7 +57,7 @@ class FastKV(Method):
             if layer == last:
                 passed = max(int(self.passed * len(position)), keep)
                 [on] = (top_rows(scores.sum(0, keepdim=True), passed, (0, self.window)) == 0).nonzero(as_tuple=True)[1:]
-                hidden, position = hidden[on], position[on]
+                hidden, position = hidden[on], look_up(position, on)
             reader.pack(layer, LayerPlan((EXACT,), top_rows(scores, keep, (0, self.window))))
         return reader.cache()
 

@@ -67,9 +67,10 @@ class KIVI(Method):
             sizes = ((heads * self._size(seen, budget, setting, n), n) for n in range(tokens, tokens + ahead + 1))
             size = max(-(-size * tokens // n) for size, n in sizes)
             if size <= budget.limit:
-                route = self._route(tokens, setting).to(seen.token_ids.device).expand(len(seen.layers[0].key), -1)
+                route = {x: self._route(tokens, setting).to(x) for x in seen.network.devices}
                 state = setting if self.decode else None
-                return Plan(tuple(LayerPlan(self._tiers(setting), route, state=state) for _ in seen.layers))
+                routes = [route[x.key.device].expand(len(x.key), -1) for x in seen.layers]
+                return Plan(tuple(LayerPlan(self._tiers(setting), x, state=state) for x in routes))
             smallest = min(smallest, size)
         raise Infeasible(smallest, budget.limit)
 

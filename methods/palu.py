@@ -67,5 +67,7 @@ class Palu(Method):
     def _tier(self, seen: Seen, layer: int, key: int, value: int) -> Tier:
         tensors = seen.artefacts[self.directions].tensors
         size = group_size(seen.layers[0].key.shape[0], self.heads)
-        keys, values = (tensors[kind][layer, :, :, : size * r].clone() for kind, r in (("key", key), ("value", value)))
+        device = seen.layers[layer].key.device
+        parts = (tensors[kind][layer, :, :, : size * r] for kind, r in (("key", key), ("value", value)))
+        keys, values = (x.to(device, copy=True) for x in parts)
         return Tier("low-rank", LowRank(keys, key, seen.network.rope), LowRank(values, value))

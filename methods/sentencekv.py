@@ -11,7 +11,7 @@ from torch.nn.functional import max_pool1d
 from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
 from kvbench.cache.fork import Edit, Event, Selection
-from kvbench.cache.layout import index_dtype
+from kvbench.cache.layout import index_dtype, look_up
 from kvbench.errors import UsageError
 from kvbench.method import Axis, Base, Family, Method, Trust
 from kvbench.plan import EVICTED, EXACT, HOST, LayerPlan, Plan, keep_all, top_rows
@@ -110,7 +110,7 @@ class SentenceKV(Method):
         for i, x in enumerate(seen.layers):
             route = top_rows(self.scores(seen, i), kept, (0, self.window))
             at = (route != EVICTED).nonzero()[:, 1].view(kv_heads, kept)
-            unit = sentence[at]
+            unit = look_up(sentence, at)
             mean = unit_means(take(x.key, at), unit, count).to(seen.dtype)
             route = route.scatter(1, at[:, first : kept - recent], 1)
             nothing = torch.zeros(kv_heads, dim, device=x.key.device)

@@ -63,16 +63,16 @@ class SpecPC(Method):
         window = min(self.window, tokens)
         own = Reader(draft, reader.token_ids)
         hidden, position = own.embed(), torch.arange(tokens, device=reader.token_ids.device)
-        mask = causal_mask(window, tokens, position.device)
-        late = torch.linspace(0, 1, window, device=position.device)[:, None]
         most = torch.zeros(tokens, device=position.device)
         with reader.drafting(draft):
             for layer in range(draft.layers):
                 hidden = own.run(range(layer, layer + 1), hidden, position)
                 if layer >= min(START, draft.layers // 2):
                     seen = own.last(layer)
+                    mask = causal_mask(window, tokens, seen.key.device)
+                    late = torch.linspace(0, 1, window, device=seen.key.device)[:, None]
                     weights = attention_weights(seen.query[:, -window:], seen.key, seen.scale, mask)
-                    most = most.maximum((weights * late).amax((0, 1)))
+                    most = most.maximum((weights * late).amax((0, 1)).to(most.device))
                 own.drop(layer)
         reader.holds(own.costs.bytes_prefill)
         return most

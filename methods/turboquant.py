@@ -43,8 +43,8 @@ class TurboQuant(Method):
         exact = keep_all(seen)
         if self.bits is None:
             yield exact
-        rotation = random_rotation(seen.dim, self.seed).to(seen.token_ids.device)
+        rotations = {x: random_rotation(seen.dim, self.seed).to(x) for x in seen.network.devices}
         for bits in (4, 3, 2, 1) if self.bits is None else (self.bits,):
-            codec = Rotated(bits, rotation, lloyd_max(bits, seen.dim).to(rotation.device))
-            tier = Tier(f"{bits}-bit", codec, codec)
-            yield Plan(tuple(LayerPlan((tier,), layer.route) for layer in exact.layers))
+            codecs = {x: Rotated(bits, y, lloyd_max(bits, seen.dim).to(x)) for x, y in rotations.items()}
+            tiers = {x: Tier(f"{bits}-bit", codec, codec) for x, codec in codecs.items()}
+            yield Plan(tuple(LayerPlan((tiers[x.route.device],), x.route) for x in exact.layers))

@@ -11,7 +11,7 @@ from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
 from kvbench.cache.codecs.exact import Exact
 from kvbench.cache.codecs.from_key import FromKey
-from kvbench.cache.layout import index_dtype
+from kvbench.cache.layout import index_dtype, look_up
 from kvbench.cache.rope import Angles
 from kvbench.corpora import CALIBRATION_TEXTS
 from kvbench.errors import UsageError
@@ -102,7 +102,8 @@ class Vector(Wrapper):
     def _approximate(self, seen: Seen, layer: int) -> Tier:
         """The tier of a layer's approximated tokens."""
         name = f"{self.features.name}.{self.maps.name}.{layer}"
-        weight, bias = (seen.artefacts[self.value_maps].tensors[f"{name}.{part}"] for part in ("weight", "bias"))
+        maps, device = seen.artefacts[self.value_maps], seen.layers[layer].key.device
+        weight, bias = (maps.tensor(f"{name}.{part}", device) for part in ("weight", "bias"))
         table = seen.network.embeddings if self.features is Features.key_token else None
         key = Exact() if self.key_bits == 16 else few_bits_key(self.key_bits)
         joint = self.maps is Maps.layer
@@ -143,13 +144,13 @@ class Vector(Wrapper):
     ) -> list[Tensor]:
         """The route of each layer, for each unit."""
         routes = []
-        angles = Angles(seen.network.rope, seen.next_position, seen.token_ids.device)
+        angles = Angles(seen.network.rope, seen.next_position)
         for x, score, (_, approximate), limit in zip(seen.layers, scores, tiers, limits.tolist(), strict=True):
             error = (self._estimate(seen, x, approximate, angles)[1] - x.value).square().sum(-1)
             error = error.sum(0, keepdim=True) if self.maps is Maps.layer else error
             counts = [paper_counts(score.shape[1], (costs[0], costs[1]), one) for one in limit]
             units = zip(score.split(1), error.split(1), counts, strict=True)
-            routes.append(torch.cat([paper_route(*unit, protected) for unit in units]))
+            routes.append(torch.cat([paper_route(*unit, protected.to(score.device)) for unit in units]))
         return routes
 
     def _utility(
@@ -162,16 +163,17 @@ class Vector(Wrapper):
         protected: Tensor,
     ) -> list[Tensor]:
         """The route of each layer, for each unit."""
-        angles = Angles(seen.network.rope, seen.next_position, seen.token_ids.device)
+        angles = Angles(seen.network.rope, seen.next_position)
         mass = [as_mass(score, self.scale) for score in scores]
         kept = (self._kept(seen, x, some, angles) for x, some in zip(seen.layers, tiers, strict=True))
         if not self.one_price:
-            units = zip(mass, kept, limits.to(mass[0].device), strict=True)
-            return [hull_route(m, k, costs, limit, protected) for m, k, limit in units]
-        every = torch.stack(mass)
-        worth = torch.stack(list(kept), 1).flatten(1)[:, None]
-        limit, protected = limits.sum()[None].to(every.device), protected.repeat(every[..., 0].numel())
-        return list(hull_route(every.flatten()[None], worth, costs, limit, protected).view_as(every))
+            units = zip(mass, kept, limits, strict=True)
+            return [hull_route(m, k, costs, limit.to(m.device), protected.to(m.device)) for m, k, limit in units]
+        every = torch.stack(seen.network.gather(mass))
+        worth = torch.stack(seen.network.gather(kept), 1).flatten(1)[:, None]
+        limit, protected = limits.sum()[None].to(every.device), protected.to(every.device).repeat(every[..., 0].numel())
+        route = hull_route(every.flatten()[None], worth, costs, limit, protected).view_as(every)
+        return [one.to(x.key.device) for one, x in zip(route, seen.layers, strict=True)]
 
     def _kept(self, seen: Seen, x: SeenLayer, tiers: tuple[Tier, ...], angles: Angles) -> Tensor:
         """What each tier keeps of a layer's tokens, unit by unit: (tiers, units, tokens)."""
@@ -189,7 +191,7 @@ class Vector(Wrapper):
         """Every key of a layer as the tier would hold it (None: as it is) and the value estimated from it, in float32:
         (kv_heads, tokens, dim)."""
         assert isinstance(tier.value, FromKey)
-        rows = replace(all_rows(x), token=seen.token_ids[x.position].repeat(x.key.shape[0]))
+        rows = replace(all_rows(x), token=look_up(seen.token_ids, x.position).repeat(x.key.shape[0]))
         key = round_trip(tier.key, x.key, rows)
         held = (x.key if key is None else key.to(x.key.dtype)).flatten(0, 1)
         estimate = replace(tier.value, rope=angles).predict(replace(rows, key=held))

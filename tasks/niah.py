@@ -16,8 +16,9 @@ class NIAH(Task):
     Score: the share of the asked numbers that the answer contains (RULER's string_match_all). RULER's niah_single_1 is
     `haystack=noise`, _single_2 the default, _multikey_1 `needles=4 ask=1`, _multiquery `needles=4`.
     Differs from NVIDIA/RULER@c3f5e3b: `context` counts the prompt alone and is met exactly; each example's haystack
-    starts at a random sentence of another document, until all were used; a quarter of the texts is left to calibration; no two needles share a key or a
-    number, and their order is drawn anew for each example; sentences are found by a pattern, not by punkt.
+    starts at a random sentence of another document, until all were used; a quarter of the texts is left to
+    calibration; no two needles share a key or a number, and their order is drawn anew for each example; sentences are
+    found by a pattern, not by punkt.
     """
 
     score_name = "string_match_all"

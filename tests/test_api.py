@@ -301,9 +301,9 @@ def test_other_models_are_refused() -> None:
     sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1}
     other = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
     refused = {"the family 'gpt2'": other, "Linear is no causal language model": torch.nn.Linear(2, 2)}
-    spread = stock()
-    spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
-    refused |= {"LlamaModel is no causal": stock().model, "spread over several devices": spread}
+    offloaded = stock()
+    offloaded.model.layers[1].to("meta")
+    refused |= {"LlamaModel is no causal": stock().model, "offloaded to the host or the disk": offloaded}
     for reason, model in refused.items():
         with pytest.raises(UsageError, match=reason), kvbench.compress(model, "full"):
             pass

@@ -33,7 +33,7 @@ def test_the_page_of_methods_is_current() -> None:
 def test_every_method_is_listed_with_its_traits(capsys: pytest.CaptureFixture[str]) -> None:
     assert choice_list.main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[2:] == "family trust budget bounds last queries fitted holds".split()
+    assert lines[0].split()[2:] == ["family", "trust", "budget", "bounds", "last", "queries", "fitted", "holds"]
     assert [line.split()[0] for line in lines[1::2]] == sorted({*METHODS, *choice_list.presets("methods")})
     vector = next(i for i, line in enumerate(lines) if line.startswith("vector "))
     assert lines[vector].split()[:6] == ["vector", "router", "reconstructed", "held", "seen", "per"]

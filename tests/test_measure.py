@@ -14,6 +14,7 @@ from kvbench import plugins
 from kvbench.budget import Budget
 from kvbench.cell import Cell
 from kvbench.measure.along import along
+from kvbench.measure.clock import Stopwatch
 from kvbench.measure.energy import Energy
 from kvbench.measure.memory import Peak
 from kvbench.measure.throughput import throughput
@@ -56,6 +57,23 @@ def test_joules_are_the_difference_of_the_boards_counter(gpu: torch.device, monk
     with Energy(gpu) as energy:
         pass
     assert energy.joules == 3.5
+
+
+def test_several_gpus_add_up(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(1_000, 2_000, 4_500, 3_000))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * device.index)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 100 * device.index)
+    gpus = [gpu, torch.device("cuda:2")]
+    with Energy(*gpus) as energy, Peak(*gpus) as peak:
+        pass
+    assert energy.joules == 4.5
+    assert (peak.nbytes, peak.grown) == (300, 270)
+    waited.clear()
+    with Stopwatch(*gpus):
+        assert waited == gpus
 
 
 def test_what_nvml_refuses_is_not_measured(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,3 +36,17 @@ def test_random_weights_need_no_weights(config: ModelConfig) -> None:
 def test_random_weights_are_another_model(config: ModelConfig) -> None:
     assert config.identity() != replace(config, weights="trained").identity()
     assert "weights" not in replace(config, weights="trained").identity()  # as before there was a choice
+
+
+def test_a_model_is_spread_where_there_are_gpus(config: ModelConfig) -> None:
+    """By accelerate: without a GPU it stays in one place. Random weights are drawn on one device."""
+    model = tiny_network()._model
+    model.save_pretrained(config.path)
+    trained = replace(config, weights="trained")
+    spread = load_model(replace(trained, device="spread"))
+    assert spread.network.devices == (torch.device("cpu"),)
+    assert spread.facts["device"] == "cpu"
+    pairs = list(zip(spread.network._model.parameters(), model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(UsageError, match=r"model.device=spread is for trained weights"):
+        load_model(replace(config, device="spread"))

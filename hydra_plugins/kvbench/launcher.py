@@ -5,7 +5,6 @@ Hydra imports this module at every start: nothing here imports torch or submitit
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess

@@ -137,7 +137,7 @@ class ForkLayer:
         """Makes `packed` the context, and the tail empty."""
         self.packed = packed
         if self.fork.tiered:
-            self._ready: Ready | None = Ready.of(packed, self.fork.context)
+            self._ready: Ready | None = Ready.of(packed, self.fork.contexts[packed.empty.device])
             dense = Dense(packed.empty, packed.empty, None, None)
         else:
             self._ready, dense = None, packed.dense()
@@ -252,7 +252,7 @@ class ForkLayer:
         if chosen.mask is not None:
             mask = chosen.mask[:, -1]
             union = mask.unflatten(0, (kv_heads, -1)).any(1) if len(mask) > kv_heads else mask
-            read = union.sum() * (kv_heads // len(union))
+            read = union.sum().to(self.fork.token_ids.device) * (kv_heads // len(union))
         self.moved = 0
         if chosen.fetch is None:
             self._fetched = None
@@ -282,7 +282,7 @@ class ForkLayer:
         heads, new, _ = query.shape
         mask = None if new == 1 else causal_mask(new, self.length, query.device)[None]
         if self.fork.tree is not None:
-            mask = pad(self.fork.tree, (self.length - new, 0), value=True)[None]
+            mask = pad(self.fork.tree.to(query.device), (self.length - new, 0), value=True)[None]
         if self._bias is None:
             return mask
         bias = pad(self._bias, (0, self.length - self.context))
@@ -347,7 +347,8 @@ class Fork:
         self.observer: Callable[[Event], None] | None = None  # told of every layer that has attended
         if tiered and acts_in_time(method):
             raise ValueError(f"{type(method).__name__} acts in time: it attends over decoded rows")
-        self.context = Context(cache.token_ids, cache.next_position)
+        devices = {layer.empty.device for layer in cache.layers}
+        self.contexts = {x: Context(cache.token_ids.to(x), cache.next_position) for x in devices}
         self._usage = Usage()
         self.layers = [
             ForkLayer(packed, state, self, i)
@@ -407,7 +408,7 @@ class Fork:
         """Bytes kept from step to step beside the compressed context and the tail's rows."""
         stored = {t.untyped_storage().data_ptr() for layer in self.layers for t in layer.packed.tensors()}
         kept = [t for layer in self.layers for t in layer.working()]
-        kept += [t for table in self.context.tables.values() for t in table]
+        kept += [t for context in self.contexts.values() for table in context.tables.values() for t in table]
         return nbytes(t for t in kept if t.untyped_storage().data_ptr() not in stored) - self.tail_bytes
 
     @property

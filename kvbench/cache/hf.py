@@ -8,7 +8,7 @@ this file does not implement it refuses; a keyword that is ignored is a wrong nu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -109,6 +109,8 @@ class Network:
     """A causal language model of transformers, run layer by layer through `LayerAttention`s.
 
     `dtype` is the cache's: keys and values are held, and counted, in it. The layers compute in the weights' own.
+    Layers may be on different devices (`placement`), hidden states moved between them by accelerate's hooks: a layer's
+    cache is where the layer is; `device`, that of the embeddings, has the token ids, and the logits come back to it.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
@@ -124,8 +126,20 @@ class Network:
         self.dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.vocabulary: int = config.vocab_size
         self.max_positions: int = config.max_position_embeddings
+        if any(x.is_meta for x in model.parameters()):
+            raise UsageError("kvbench does not implement models whose weights are offloaded to the host or the disk")
         self.device, self.dtype = model.device, dtype or model.dtype
+        self.placement = tuple(next(layer.parameters()).device for layer in self._body.layers)
         self.passed = 0  # tokens sent through a layer so far, summed over the layers: only ever counts up
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where it is, each device once."""
+        return tuple(dict.fromkeys((self.device, *self.placement)))
+
+    def gather(self, parts: Iterable[Tensor]) -> list[Tensor]:
+        """What each layer made, on one device: free where there is only one."""
+        return [x.to(self.device) for x in parts]
 
     def row_bytes(self) -> int:
         """Bytes of one exact token in all layers and KV heads."""
@@ -141,9 +155,9 @@ class Network:
         return self._body.layers[layer].self_attn.o_proj.weight.mT.unflatten(0, (self.heads, self.dim))
 
     def rope(self, position: Int[Tensor, ...]) -> tuple[Float[Tensor, "... dim"], Float[Tensor, "... dim"]]:
-        """(cos, sin) of the rotary embedding, in float32, scaled as the model scales them."""
-        cos, sin = self._body.rotary_emb(torch.empty(0, device=self.device), position[None])
-        return cos[0], sin[0]
+        """(cos, sin) of the rotary embedding, in float32, scaled as the model scales them; where the positions are."""
+        cos, sin = self._body.rotary_emb(torch.empty(0, device=position.device), position[None])
+        return cos[0].to(position.device), sin[0].to(position.device)
 
     def hidden(
         self, ids: Int[Tensor, "batch new"], position: Int[Tensor, "batch new"], layers: Sequence[LayerAttention]
@@ -155,7 +169,7 @@ class Network:
         return out.last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... vocabulary"]:
-        return self._model.lm_head(hidden)
+        return self._model.lm_head(hidden).to(self.device)
 
     def embed(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens hidden"]:
         return self._body.embed_tokens(ids)
@@ -192,8 +206,6 @@ def borrowed(model: Any, dtype: torch.dtype | None = None) -> Iterator[Network]:
     """A user's model as a network; afterwards it is as it was."""
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise UsageError(f"{type(model).__name__} is no causal language model of transformers")
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise UsageError("kvbench does not implement models that are spread over several devices")
     attention, training = model.config._attn_implementation, [x for x in model.modules() if x.training]
     try:
         yield Network(model, dtype)
@@ -239,7 +251,7 @@ def generating(network: Network, start: Start) -> Iterator[None]:
             raise _not_implemented("inputs_embeds")
         if len(input_ids) > 1:
             raise _not_implemented("batches, beams or several answers to a prompt")
-        cache, ids = past_key_values, input_ids[0]
+        cache, ids = past_key_values, input_ids[0].to(network.device)
         if cache is None:
             raise _not_implemented("use_cache=False")
         fresh = type(cache) is DynamicCache and not cache.offloading and not cache.get_seq_length()
@@ -256,7 +268,7 @@ def generating(network: Network, start: Start) -> Iterator[None]:
                 raise _not_implemented("a prompt in chunks, or one that goes on after an earlier call")
             logits = cache.step(ids)
         else:
-            if position_ids is not None and not torch.equal(position_ids[0], torch.arange(len(ids), device=ids.device)):
+            if position_ids is not None and position_ids[0].tolist() != list(range(len(ids))):
                 raise _not_implemented("positions of your own")
             step, logits = start(ids)
             cache = _Going(step, 0)

@@ -19,6 +19,11 @@ def widen(index: Int[Tensor, ...]) -> Int[Tensor, ...]:
     return index.long() & 0xFFFF if index.dtype == torch.int16 else index.long()
 
 
+def look_up(table: Shaped[Tensor, "many ..."], index: Int[Tensor, ...]) -> Shaped[Tensor, ...]:
+    """Rows of a table that the layers of all devices share, on the device of the indices."""
+    return table[index.to(table.device)].to(index.device)
+
+
 @dataclass(frozen=True)
 class Layout:
     """`counts[g]` rows for KV head g. `shared`: every head holds the same tokens (then positions are held once)."""

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
 from kvbench.cache.codecs.base import Rows, Stored
-from kvbench.cache.layout import Layout, index_dtype, widen
+from kvbench.cache.layout import Layout, index_dtype, look_up, widen
 from kvbench.cache.rope import Rope
 from kvbench.plan import EVICTED, EXACT, LayerPlan, Made, Plan, Tier, Weight, tensors_in, weigh
 
@@ -55,7 +55,7 @@ class Slab:
     ) -> Slab:
         """Packs rows; `positions` bounds the positions to come, `fixed` is what an earlier `fit` left."""
         hold = hold_positions or tier.needs_position
-        token = token_ids[position] if tier.needs_token else None
+        token = look_up(token_ids, position) if tier.needs_token else None
         rows = Rows(layout, position if hold else None, token)
         key_fixed = fixed[0] if fixed else tier.key.fit(key, rows)
         stored_key = tier.key.encode(key, rows, key_fixed)
@@ -112,7 +112,10 @@ class Slab:
     def rows(self, token_ids: Int[Tensor, " tokens"] | None, like: torch.dtype) -> Rows:
         """What the value codec may know of the rows: the decoded keys included."""
         position = self.positions()
-        token = widen(token_ids)[position] if self.tier.needs_token and token_ids is not None else None
+        token = None
+        if self.tier.needs_token and token_ids is not None:
+            assert position is not None, "a codec that needs tokens needs positions too"
+            token = widen(look_up(token_ids, position))
         rows = Rows(self.layout, position, token)
         return replace(rows, key=self.tier.key.decode(self.key, rows, self.key_fixed, like))
 

@@ -12,13 +12,18 @@ Rope = Callable[[Tensor], tuple[Tensor, Tensor]]  # (cos, sin) of the rotary emb
 
 
 class Angles:
-    """A rotary embedding at positions below `end`, worked out once."""
+    """A rotary embedding at positions below `end`, worked out once on each device that asks."""
 
-    def __init__(self, rope: Rope, end: int, device: torch.device) -> None:
-        self.cos, self.sin = rope(torch.arange(end, device=device))
+    def __init__(self, rope: Rope, end: int) -> None:
+        self._rope, self._end = rope, end
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, position: Int[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        return self.cos[position], self.sin[position]
+        device = position.device
+        if device not in self._tables:
+            self._tables[device] = self._rope(torch.arange(self._end, device=device))
+        cos, sin = self._tables[device]
+        return cos[position], sin[position]
 
 
 def unrotate(

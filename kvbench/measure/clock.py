@@ -1,4 +1,4 @@
-"""Seconds of what really ran: the device is waited for before and after."""
+"""Seconds of what really ran: the devices are waited for before and after."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 class Stopwatch:
     """`with stopwatch: ...` adds to `seconds`; it may be entered again."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, *devices: torch.device) -> None:
         self.seconds = 0.0
-        self._device = device
+        self._devices = devices
         self._start = 0.0
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def __enter__(self) -> Stopwatch:

@@ -1,4 +1,4 @@
-"""Joules that an NVIDIA GPU spent while something ran."""
+"""Joules that NVIDIA GPUs spent while something ran."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 
 class Energy:
-    """`with energy: ...` leaves in `joules` what the GPU of `device` spent, the whole board's, by NVML's counter.
+    """`with energy: ...` leaves in `joules` what the GPUs spent, the whole boards', by NVML's counters.
 
-    Where there is none, `joules` is None and `why` says so: a figure is never made up. The counter moves every 20 to
+    Where there is none, `joules` is None and `why` says so: a figure is never made up. A counter moves every 20 to
     100 ms, so what is measured should last a second.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self._devices = devices
         self.joules: float | None = None
         self.why = ""
 
@@ -29,16 +29,18 @@ class Energy:
 
     def _read(self) -> int | None:
         """Millijoules since the driver was loaded."""
-        if self._device.type != "cuda" or torch.version.hip:
+        if any(device.type != "cuda" for device in self._devices) or torch.version.hip:
             self.why = "not measured: no NVIDIA GPU"
             return None
         import pynvml
 
-        torch.cuda.synchronize(self._device)
+        for device in self._devices:
+            torch.cuda.synchronize(device)
+        names = [f"GPU-{torch.cuda.get_device_properties(device).uuid}" for device in self._devices]
         try:
             pynvml.nvmlInit()
-            gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(self._device).uuid}")
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+            gpus = map(pynvml.nvmlDeviceGetHandleByUUID, names)
+            return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpus))
         except pynvml.NVMLError as error:
             self.why = f"not measured: NVML says {error}"
             return None

@@ -120,7 +120,7 @@ def _measure(cell: Cell, model: Model, unit: Unit) -> dict[str, Any]:
     in_time = acts_in_time(method)
     fed = torch.tensor([unit.turns[0].fed], device=device)
 
-    feeding = Stopwatch(device)
+    feeding = Stopwatch(*network.devices)
     with feeding:
         mine = Fork(made.cache, method, tiered=not in_time)
         last = {"cell": _next(network, mine, fed)}
@@ -131,7 +131,7 @@ def _measure(cell: Cell, model: Model, unit: Unit) -> dict[str, Any]:
     names = list(forks)
     for i in range(WARM + STEPS):
         for name in names[i % 3 :] + names[: i % 3]:
-            watch = Stopwatch(device)
+            watch = Stopwatch(*network.devices)
             with watch:
                 last[name] = _next(network, forks[name], last[name])
             if i >= WARM:
@@ -163,11 +163,11 @@ def _make(cell: Cell, model: Model, unit: Unit) -> _Made:
     compressor = Compressor(cell, model)
     read_exactly(network, ids[:WARM_TOKENS])
     needs = frozenset() if method.own_prefill else method.needs
-    reading = Stopwatch(network.device)
+    reading = Stopwatch(*network.devices)
     with reading:
         seen = read_exactly(network, ids, needs, unit.id, model.config.prefill_chunk)
     for _ in range(2):
-        compressing = Stopwatch(network.device)
+        compressing = Stopwatch(*network.devices)
         with compressing:
             cache = compressor.compress(compressor.reader(ids, unit.id) if method.own_prefill else seen)
     if method.own_prefill:

@@ -45,10 +45,10 @@ def throughput(
         caches = [first] + [_compressed(model, cell, compressor, ids) for _ in range(min(fit, most or fit) - 1)]
         forks = [Fork(cache, cell.method) for cache in caches]
         seconds = []
-        with Peak(network.device) as peak:
+        with Peak(*network.devices) as peak:
             last = ids[-1:].repeat(len(forks), 1)
             for _ in range(steps + 1):
-                step = Stopwatch(network.device)
+                step = Stopwatch(*network.devices)
                 with step:
                     last = feed(network, forks, last, last_only=True)[:, -1].argmax(-1, keepdim=True)
                 seconds.append(step.seconds)

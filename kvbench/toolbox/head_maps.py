@@ -45,7 +45,8 @@ class CopyingHeads(Calibration):
         cut = len(start) + period
         with torch.inference_mode():
             observe = partial(copying, len(start), period)
-            scores = torch.stack(look_ahead(read_exactly(network, ids[:cut]), ids[cut:], observe=observe))
+            found = look_ahead(read_exactly(network, ids[:cut]), ids[cut:], observe=observe)
+            scores = torch.stack(network.gather(found))
         echo, induction = scores.unflatten(-1, (network.kv_heads, -1)).amax(-1).unbind(1)
         return {"echo": echo, "induction": induction}, {"period": period}
 
@@ -108,7 +109,7 @@ class RecallingHeads(Calibration):
             for ids in itertools.chain.from_iterable(self._sequences(model, text) for text in self.texts):
                 ids = ids.to(network.device)
                 seen = read_exactly(network, ids[:-recalled])
-                total += torch.stack(look_ahead(seen, ids[-recalled:], observe=observe))
+                total += torch.stack(network.gather(look_ahead(seen, ids[-recalled:], observe=observe)))
                 bar.advance()
         return {"error": total / count}, {}
 

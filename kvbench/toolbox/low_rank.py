@@ -49,7 +49,7 @@ class Directions(Calibration):
                 for i, x in enumerate(read_exactly(network, ids).layers):
                     for kind, rows in (("key", unrotate(x.key, *network.rope(x.position))), ("value", x.value.float())):
                         wide = rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
-                        sums[kind][i] += (wide.mT @ wide).double()
+                        sums[kind][i] += (wide.mT @ wide).double().to(network.device)
                 bar.advance()
         tensors = {}
         for kind, total in sums.items():

@@ -46,7 +46,8 @@ class PlaneAgreement(Calibration):
                 found = 0
                 for ids in islice(self._sequences(model, source), self.sequences):
                     seen = read_exactly(network, ids[: self.tokens])
-                    total += torch.stack(look_ahead(seen, ids[self.tokens :], observe=partial(agreement, self.best)))
+                    shares = look_ahead(seen, ids[self.tokens :], observe=partial(agreement, self.best))
+                    total += torch.stack(network.gather(shares))
                     found += 1
                     bar.advance()
                 if found < self.sequences:

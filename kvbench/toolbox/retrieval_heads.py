@@ -81,7 +81,8 @@ def needle_attention(
         mask = causal_mask(ahead.query.shape[1], ahead.total, ahead.query.device)
         return attention_weights(ahead.query, ahead.key, ahead.scale, mask)[..., span[0] : span[1]].sum(-1).mean(1)
 
-    return torch.stack(look_ahead(read_exactly(network, ids[:-1]), torch.cat([ids[-1:], answer[:-1]]), observe=observe))
+    found = look_ahead(read_exactly(network, ids[:-1]), torch.cat([ids[-1:], answer[:-1]]), observe=observe)
+    return torch.stack(network.gather(found))
 
 
 def best_heads(scores: Float[Tensor, "layers heads"], share: float) -> Int[Tensor, "layers chosen"]:
@@ -94,7 +95,7 @@ def heads_scores(
 ) -> Float[Tensor, " tokens"]:
     """Some heads' mean window attention, average-pooled over neighbours; the window is pooled on its own."""
     before = max(attention.shape[1] - window, 0)
-    mean = attention[chosen].mean(0, keepdim=True)
+    mean = attention[chosen.to(attention.device)].mean(0, keepdim=True)
     parts = [part for part in mean.tensor_split([before], dim=1) if part.shape[1]]
     return torch.cat([avg_pool1d(p, pool, 1, pool // 2, count_include_pad=False) for p in parts], 1)[0]
 
@@ -147,7 +148,8 @@ class LayerErrors(Calibration):
             for attention, chosen in zip(seen.statistics[need], heads, strict=True)
         ]
         kept = [top_rows(s[None], ROWS, (0, self.window))[0] == 0 for s in scores]
-        return torch.stack(look_ahead(seen, ids[self.tokens :], observe=partial(output_error, network, kept)))
+        errors = look_ahead(seen, ids[self.tokens :], observe=partial(output_error, network, kept))
+        return torch.stack(network.gather(errors))
 
 
 def output_error(network: Network, kept: list[Bool[Tensor, " tokens"]], ahead: Observed) -> Float[Tensor, ""]:

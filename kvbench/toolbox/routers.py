@@ -76,7 +76,7 @@ def byte_limits(
     units = len(scores) * len(scores[0])
     if limit // row < units:
         return torch.full((len(scores), len(scores[0])), limit // units)
-    counts = method.allocate(seen, scores, limit // row).cpu()
+    counts = method.allocate(seen, seen.network.gather(scores), limit // row).cpu()
     return counts * row + (limit - int(counts.sum()) * row) // units
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvbench.artefact import Calibration
 from kvbench.cache.codecs.from_key import token_features
-from kvbench.cache.rope import unrotate
+from kvbench.cache.rope import Angles, unrotate
 from kvbench.corpora import documents
 from kvbench.errors import UsageError
 from kvbench.measure.progress import Progress
@@ -124,10 +124,10 @@ class _Grams:
         token = token_features(self.network.embeddings, seen.token_ids[SINKS:])
         token = torch.cat([torch.ones_like(token[:, :1]), token], 1)
         self.token += (token.mT @ token).double()
-        cos, sin = self.network.rope(seen.layers[0].position)
+        angles = Angles(self.network.rope, seen.next_position)
         for layer, x in enumerate(seen.layers):
-            key = unrotate(x.key, cos, sin)
-            both = torch.cat([key, x.value.float()])[:, SINKS:].transpose(0, 1).flatten(1)
+            key = unrotate(x.key, *angles(x.position))
+            both = torch.cat([key, x.value.float()])[:, SINKS:].transpose(0, 1).flatten(1).to(token.device)
             self.cross[layer] += (token.mT @ both).double()
             self.cache[layer] += (both.mT @ both).double()
 

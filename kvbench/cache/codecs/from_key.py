@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvbench.cache.codecs.base import Codec, Rows, Stored
+from kvbench.cache.layout import look_up
 from kvbench.cache.rope import unrotate
 
 
@@ -186,5 +187,5 @@ def token_features(
     embeddings: Float[Tensor, "vocabulary hidden"], token: Int[Tensor, ...]
 ) -> Float[Tensor, "... hidden"]:
     """Input embeddings of tokens, normalised to a root mean square of 1, in float32."""
-    x = embeddings[token].float()
+    x = look_up(embeddings, token).float()
     return x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt()
