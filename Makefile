@@ -23,7 +23,7 @@ setup: .venv/.installed
 	$(BIN)/python scripts/calibrate.py model=smollm2-135m
 
 demo: setup
-	$(BIN)/python -m kvbench.run -m method=full,streamingllm,vector budget=0.1 task=niah task.max_new_tokens=32 limit=8
+	$(BIN)/python -m kvbench.run -m method=full,streamingllm,vector,tiered budget=0.1 task=niah task.max_new_tokens=32 limit=8
 
 # Two processes of one thread each: torch's threads get in each other's way when processes share cores.
 test: setup

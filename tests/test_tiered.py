@@ -276,16 +276,18 @@ def test_tables_of_a_context_are_made_once_for_all_layers_and_forks() -> None:
     cache = CompressedCache.of(layers, (None, None), IDS, TOKENS, NETWORK.rope)
     first = Fork(cache, Method(), tiered=True)
     feed(NETWORK, [first], IDS[None, :1])
-    tables = {name: tuple(map(id, found)) for name, found in first.context.tables.items()}
+    tables = {name: tuple(map(id, found)) for name, found in first.contexts[IDS.device].tables.items()}
     features, which = next(
-        found for name, found in first.context.tables.items() if isinstance(name, tuple) and name[0] == "tokens"
+        found
+        for name, found in first.contexts[IDS.device].tables.items()
+        if isinstance(name, tuple) and name[0] == "tokens"
     )
     assert features.shape == (len(IDS.unique()), 64)
     assert len(which) == TOKENS
     second = first.fork()
     feed(NETWORK, [first], IDS[None, :1])
     feed(NETWORK, [second], IDS[None, :1])
-    assert {name: tuple(map(id, found)) for name, found in second.context.tables.items()} == tables
+    assert {name: tuple(map(id, found)) for name, found in second.contexts[IDS.device].tables.items()} == tables
 
 
 def test_methods_that_act_in_time_have_no_tiered_path() -> None:

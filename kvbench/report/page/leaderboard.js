@@ -521,7 +521,8 @@
   at("details").addEventListener("close", () => {
     state.cell = "";
     writeState();
-    (opener?.isConnected ? opener : at("cells")).focus();
+    // The browser has given the focus back already, where it could; by now a key may have moved it on.
+    if (document.activeElement === document.body) (opener?.isConnected ? opener : at("cells")).focus();
     opener = null;
   });
   at("details").addEventListener("click", (event) => {
