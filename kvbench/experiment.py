@@ -7,7 +7,8 @@
 
 A file is options, as `python -m kvbench.run` knows them, and `cells:` of the same form below them; what is deeper wins.
 A list means each of its values (a value that is a list stands in a list of its own). Cells that differ only in method
-and budget share every prefill. Exit code: as kvbench.run's.
+and budget share every prefill. With `model.device=auto` each process has a GPU of its own where there are several; more
+processes than GPUs share them. Exit code: as kvbench.run's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kvbench.list import conf_folder, describe
 from kvbench.measure.progress import Progress
 from kvbench.plugins import known
 from kvbench.run import Told, check, guarded, start
-from kvbench.side_by_side import Group, side_by_side
+from kvbench.side_by_side import Group, free_devices, side_by_side
 from kvbench.sweep import composed_words, words
 
 
@@ -37,12 +38,13 @@ def experiments() -> dict[str, Path]:
 
 def options_of(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The options of every cell below a node of such a file."""
-    below = node.get("cells", [{}])
     lists = {name: value if isinstance(value, list) else [value] for name, value in node.items() if name != "cells"}
     for values in itertools.product(*lists.values()):
         here = {name: tuple(x) if isinstance(x, list) else x for name, x in zip(lists, values, strict=True)}
-        for cell in below:
-            for inner in options_of(cell) if cell else [{}]:
+        if "cells" not in node:
+            yield here
+        for cell in node.get("cells", []):
+            for inner in options_of(cell):
                 yield here | inner
 
 
@@ -53,21 +55,30 @@ def read(name: str, overrides: Sequence[str] = ()) -> list[list[str]]:
     return [[*words(options), *overrides] for options in options_of(node)]
 
 
-def run(name: str, overrides: Sequence[str], jobs: int = 1) -> int:
+def workers(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
+    """What each of `jobs` processes side by side (None: one on each GPU) finds in its environment."""
+    jobs = jobs or len(devices) or 1
+    found = [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} for _ in range(jobs)]
+    for worker, device in zip(found, itertools.cycle(devices)):  # not strict: a cycle has no end
+        worker["CUDA_VISIBLE_DEVICES"] = device
+    return found
+
+
+def run(name: str, overrides: Sequence[str], jobs: int | None = None) -> int:
     """Runs what is missing of a study; returns the exit code."""
     tell = Told()
-
-    def elsewhere(groups: Sequence[Group], results: Path) -> None:
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        side_by_side(groups, [{"OMP_NUM_THREADS": threads}] * jobs)
-
     cells = read(name, overrides)
     configs = []
     with Progress(f"composing {len(cells)} cells", len(cells)) as bar:
         for cell in cells:
             configs.append(composed_words(cell))
             bar.advance()
-    start(configs, tell, cells, elsewhere if jobs > 1 else None)
+    several = workers(jobs, free_devices(configs))
+
+    def elsewhere(groups: Sequence[Group], results: Path) -> None:
+        side_by_side(groups, several)
+
+    start(configs, tell, cells, elsewhere if len(several) > 1 else None)
     return tell.code
 
 
@@ -79,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "name", choices=experiments(), help="; ".join(f"{k}: {describe(v)}" for k, v in experiments().items())
     )
     parser.add_argument("options", nargs="*", help="of kvbench.run: name=value")
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side (default 1)")
+    parser.add_argument("--jobs", type=int, help="processes side by side (default: one on each GPU; without any, one)")
     parser.add_argument("--list", action="store_true", help="print the cells, run nothing")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.list:

@@ -8,8 +8,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 Group = Sequence[Sequence[str]]  # per cell: the words of its own command line
+
+
+def free_devices(configs: Sequence[Any]) -> list[str]:
+    """The GPUs that workers may share out among them: none if a cell's `model.device` says where it runs."""
+    return cuda_devices() if all(config.model.device == "auto" for config in configs) else []
+
+
+def cuda_devices() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (visible.split(",") if visible else [str(index) for index in range(count)])[:count]
 
 
 def side_by_side(groups: Sequence[Group], workers: Sequence[Mapping[str, str]]) -> None:

@@ -12,19 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.core.plugins import Plugins
 from sweeps import prepared, states
 from test_config import PLAY, plugin_folder, ran  # noqa: F401 (fixtures)
 
 from kvbench import group, run, side_by_side
 from kvbench.run import main
 from kvbench.store import cells, read_cell
-
-
-@pytest.fixture
-def launcher() -> Any:
-    Plugins.instance()  # which imports it anew
-    return sys.modules["hydra_plugins.kvbench.launcher"]
 
 
 @pytest.fixture
@@ -92,13 +85,13 @@ def test_what_ends_the_sweep_ends_its_processes(sleepers: Path, monkeypatch: pyt
     [(None, 0, []), (None, 2, ["0", "1"]), ("3,5", 2, ["3", "5"]), ("GPU-a,GPU-b", 1, ["GPU-a"]), ("", 0, [])],
 )
 def test_devices_are_those_that_this_process_sees(
-    launcher: Any, monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int, expected: list[str]
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int, expected: list[str]
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert launcher.cuda_devices() == expected
+    assert side_by_side.cuda_devices() == expected
 
 
 def test_a_device_that_is_named_is_the_one_for_all(

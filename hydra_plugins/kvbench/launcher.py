@@ -5,7 +5,6 @@ Hydra imports this module at every start: nothing here imports torch or submitit
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from kvbench.errors import UsageError
-from kvbench.side_by_side import Group, side_by_side
+from kvbench.side_by_side import Group, free_devices, side_by_side
 
 Elsewhere = Callable[[Sequence[Group], Path], None]  # runs groups in other processes, and waits; their results folder
 
@@ -39,7 +38,7 @@ class SharedPrefill(Launcher):
 
     def elsewhere(self, configs: Sequence[Any]) -> Elsewhere | None:
         """How groups are run in other processes; None: in this one."""
-        devices = cuda_devices() if all(config.model.device == "auto" for config in configs) else []
+        devices = free_devices(configs)
         if len(devices) < 2:
             return None
         workers = [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
@@ -51,15 +50,6 @@ class SharedPrefill(Launcher):
         flags = [] if hydra.job.config_name == "config" else ["--config-name", hydra.job.config_name]
         folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
         return [*flags, *(word for folder in folders for word in ("--config-dir", folder))]
-
-
-def cuda_devices() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (visible.split(",") if visible else [str(index) for index in range(count)])[:count]
 
 
 class Slurm(SharedPrefill):
