@@ -5,10 +5,10 @@ within the strata (sub-tasks) that a task is made of. All functions take columns
 cells that were asked the same examples share their resamples.
 
     clusters = Clusters(table.cluster_id, table.sub_task)
-    found = paired(ours, theirs, clusters, np.random.default_rng(0))       # Interval(mean=-0.12, low=-0.21, ...)
+    found = interval(ours - theirs, clusters, np.random.default_rng(0))    # Interval(mean=-0.12, low=-0.21, ...)
     p = p_values((ours - theirs)[:, None], clusters, rng, tests=12).p      # two-sided
     holm(p)                                                                # of a declared family
-    noninferior(ours, theirs, clusters, rng, margin=0.01)                  # of losses: bound of ours - theirs
+    noninferior(ours - theirs, clusters, rng, margin=0.01).holds           # of losses
 """
 
 from __future__ import annotations
@@ -157,18 +157,6 @@ def interval(
 ) -> Interval:
     """`intervals` of one column."""
     return intervals(values[:, None], clusters, rng, level, bounds)[0]
-
-
-def paired(
-    ours: Float[ndarray, " examples"],
-    theirs: Float[ndarray, " examples"],
-    clusters: Clusters,
-    rng: np.random.Generator,
-    level: float = 0.95,
-    bounds: tuple[float, float] = (-math.inf, math.inf),
-) -> Interval:
-    """The mean of `ours - theirs`, example by example, with its interval: see `intervals`."""
-    return interval(ours - theirs, clusters, rng, level, bounds)
 
 
 def errors(values: Float[ndarray, "examples columns"], clusters: Clusters) -> Float[ndarray, " columns"]:
@@ -353,30 +341,31 @@ def benjamini_hochberg(p: Float[ndarray, " tests"]) -> Float[ndarray, " tests"]:
 
 @dataclass(frozen=True)
 class NonInferiority:
-    """`bound`: the one-sided 95 % upper bound of how much worse we are; `holds`: it lies below `margin`."""
+    """`bound`: the one-sided 95 % upper bound of how much worse we are; `holds`: by less than the margin."""
 
-    interval: Interval  # two-sided, 90 %: its upper end is the bound
     bound: float
-    margin: float
     holds: bool
 
 
 def noninferior(
-    ours: Float[ndarray, " examples"],
-    theirs: Float[ndarray, " examples"],
+    differences: Float[ndarray, " examples"],
     clusters: Clusters,
     rng: np.random.Generator,
-    margin: float,
+    margin: float | Float[ndarray, " examples"],
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> NonInferiority:
-    """Whether losses `ours` are worse than `theirs` by less than `margin`, at 5 % one-sided (the upper end of the 90 %
-    interval of the paired difference). Of scores, where more is better, give (theirs, ours).
+    """Whether losses are worse by less than `margin`, at 5 % one-sided. `differences`: ours less theirs; of scores,
+    where more is better, theirs less ours.
 
-    `margin` is a number stated beforehand. One that is itself measured (a share of a gap) has noise of its own: test
-    the differences less that share of each example's gap against 0 instead.
+    `margin` was stated beforehand: a number, or a value for each example, such as a share of its gap to the full cache.
+    The mean of such values is itself measured. So what is held against 0 is the upper end of the 90 % interval of the
+    differences less the margin, which has the noise of both.
     """
-    found = paired(ours, theirs, clusters, rng, level=0.9, bounds=bounds)
-    return NonInferiority(found, found.high, margin, found.high < margin)
+    least, most = bounds[0] - np.max(margin), bounds[1] - np.min(margin)
+    ends = np.array([[bounds[0], least], [bounds[1], most]])
+    both = np.stack([differences, differences - margin], axis=1)
+    plain, less = intervals(both, clusters, rng, level=0.9, bounds=ends)
+    return NonInferiority(plain.high, less.high < 0)
 
 
 def smallest_difference(error: float, freedom: int, power: float = 0.8, alpha: float = 0.05) -> float:
