@@ -26,7 +26,7 @@ from kvbench.plan import keep_all
 from kvbench.prefill import Seen, read_exactly
 from kvbench.report.solo import print_solo
 from kvbench.report.summary import print_summary
-from kvbench.store import is_done
+from kvbench.store import is_done, is_infeasible
 from kvbench.task import Context
 from kvbench.timing import time_alone
 
@@ -35,9 +35,12 @@ def run_cells(cells: Sequence[Cell], settings: Settings, alone: bool = True) -> 
     """Brings the cells' records up to `settings.limit` examples, or measures them solo, and prints a summary.
 
     What can't be run raises UsageError and nothing is written, if the cell is `alone`. In a sweep it is marked
-    (`infeasible` with the smallest plan's bytes, or `failed` with the reason), told on stderr, and the others go on.
+    (`infeasible` with the smallest plan's bytes, or `failed` with the reason), told on stderr, and the others go on;
+    what is marked infeasible is not tried again.
     """
     missing = [cell for cell in cells if settings.redo or not is_done(cell, settings)]
+    if not (alone or settings.redo):
+        missing = [cell for cell in missing if not is_infeasible(cell, settings)]
     if settings.measure == "solo":
         if missing:
             measure_solo(missing, load_model(missing[0].model), settings, alone)

@@ -24,6 +24,7 @@ Options are given as name=value:
 A stopped run continues when the same command is given again; python -m kvbench.status shows how far cells are.
 With several GPUs and model.device=auto a sweep uses all of them, one process each.
 Exit code: 0 done, 1 cells of a sweep are not done, 2 the request can't be met, 130 stopped by Ctrl-C, 143 by SIGTERM.
+A budget below the method's smallest plan can't be met: 2; one cell of a sweep is then marked infeasible, a result: 0.
 $KVBENCH_PLUGINS: a folder with methods/, tasks/ and conf/ of your own.
 """
 
@@ -39,7 +40,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser  # hydra.main's own: Hydra has no public way to its flags
@@ -51,13 +52,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from kvbench import plugins
 from kvbench.budget import Budget
+from kvbench.cell import Cell, Settings
 from kvbench.config import Measure, Node, Protocol, Run, RunConfig, convert, register
 from kvbench.errors import UsageError
 from kvbench.list import choices, conf_folder, listing, user_conf_folder
 from kvbench.plugins import known
 from kvbench.report.solo import print_solo
 from kvbench.report.summary import print_summary
-from kvbench.store import is_done
+from kvbench.store import is_done, is_infeasible
 
 BAD_INPUT = (UsageError, HydraException, OmegaConfBaseException)
 Tell = Callable[[Exception], None]
@@ -68,15 +70,21 @@ class NotDone(Exception):
     """A sweep has ended and some of its cells have not all their records."""
 
 
+class NotFeasible(Exception):
+    """Cells of a sweep have budgets below their methods' smallest plans, and are marked so: nothing is wrong."""
+
+
 class Told:
     """Tells what is wrong on stderr, and keeps the exit code that follows from it."""
+
+    codes: ClassVar[dict[type[Exception], int]] = {NotFeasible: 0, NotDone: 1}
 
     def __init__(self) -> None:
         self.code = 0
 
     def __call__(self, error: Exception) -> None:
         print(f"kvbench: {one_line(error)}", file=sys.stderr)
-        self.code = max(self.code, 1 if isinstance(error, NotDone) else 2)
+        self.code = max(self.code, self.codes.get(type(error), 2))
 
 
 class Terminated(KeyboardInterrupt):
@@ -180,11 +188,11 @@ def start(
             tell(error)
     groups = shared_prefills(runs)
     if elsewhere:
-        waiting = [group for group in groups if any(runs[i].settings.redo or not _is_done(runs[i]) for i in group)]
+        waiting = [group for group in groups if any(runs[i].settings.redo or _is_left(runs[i]) for i in group)]
         if waiting:
             elsewhere([[words[i] for i in group] for group in waiting], runs[waiting[0][0]].settings.results)
         for group in groups:
-            folders = [runs[i].cell.folder(runs[i].settings.results) for i in group if _is_done(runs[i])]
+            folders = [runs[i].cell.folder(runs[i].settings.results) for i in group if _is(is_done, runs[i])]
             if folders:
                 summary = print_solo if runs[group[0]].settings.measure == "solo" else print_summary
                 summary(folders, len(waiting))
@@ -196,16 +204,23 @@ def start(
                 run_cells([runs[i].cell for i in group], runs[group[0]].settings, alone=len(configs) == 1)
             except BAD_INPUT as error:
                 tell(error)
-    left = [runs[i] for group in groups for i in group if not _is_done(runs[i])]
-    if left and len(configs) > 1:
-        look = f"python -m kvbench.status results={left[0].settings.results}"
-        tell(NotDone(f"{len(left)} of {sum(map(len, groups))} cells are not done: {look}"))
+    asked = [runs[i] for group in groups for i in group]
+    left = [run for run in asked if _is_left(run)]
+    infeasible = [run for run in asked if _is(is_infeasible, run)]
+    for found, what, kind in ((infeasible, "infeasible", NotFeasible), (left, "not done", NotDone)):
+        if found and (elsewhere or len(configs) > 1):
+            look = f"python -m kvbench.status results={found[0].settings.results}"
+            tell(kind(f"{len(found)} of {len(asked)} cells are {what}: {look}"))
     return list(runs.values())
 
 
-def _is_done(run: Run) -> bool:
+def _is_left(run: Run) -> bool:
+    return not _is(is_done, run) and not _is(is_infeasible, run)
+
+
+def _is(state: Callable[[Cell, Settings], bool], run: Run) -> bool:
     try:
-        return is_done(run.cell, run.settings)
+        return state(run.cell, run.settings)
     except UsageError:  # a header of another version: told by who runs the cell
         return False
 

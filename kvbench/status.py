@@ -11,9 +11,9 @@ Per cell: its state, the examples that are recorded and asked for, its folder, a
   interrupted  begun, and nobody is at it: the same command continues
   missing      not begun, or done with less than is asked for: the same command adds it
   failed       ended with an error; the same command tries again
-  infeasible   the budget is below the method's smallest plan
+  infeasible   the budget is below the method's smallest plan: nothing is left to do, either
 
-Exit code: 0 all of them are done, 1 some are not, 2 bad input. `hydra/launcher` and its options make no difference.
+Exit code: 0 nothing is left to do, 1 something is, 2 bad input. `hydra/launcher` and its options make no difference.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = run.guarded(folder) if listing else run.main(words, look)
     if found:
         show(list(found.values()))
-    return code or int(any(status.state != "done" for status in found.values()))
+    return code or int(any(status.state not in ("done", "infeasible") for status in found.values()))
 
 
 if __name__ == "__main__":

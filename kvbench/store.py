@@ -199,6 +199,13 @@ def is_done(cell: Cell, settings: Settings) -> bool:
     return header["exhausted"] or (settings.limit is not None and header["examples"] >= settings.limit)
 
 
+def is_infeasible(cell: Cell, settings: Settings) -> bool:
+    """Whether it has turned out that the cell's budget is below its method's smallest plan."""
+    folder = cell.folder(settings.results)
+    marked = settings.measure != "solo" and (folder / HEADER).exists()
+    return marked and _read_header(folder)["status"] == "infeasible"
+
+
 def write_solo(cell: Cell, results: Path, found: dict[str, Any]) -> None:
     """Keeps what was measured of a cell, in place of what was measured before."""
     folder = cell.folder(results)

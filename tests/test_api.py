@@ -422,7 +422,9 @@ def test_a_cell_that_cannot_be_run(folder: Path, chosen: dict[str, Any], capfd: 
     assert table["budget"].to_list() == ["0.5"] * 2
     told = capfd.readouterr().err
     assert "below the smallest plan of snapkv" in told
-    assert "1 of 2 cells are not done" in told
+    assert "1 of 2 cells are infeasible" in told
+    with pytest.raises(UsageError, match="2 of 2 cells are infeasible"):
+        kvbench.evaluate(method="snapkv", budget=[1e-5, 2e-5], limit=2, **chosen, results=folder / "refused")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from kvbench import experiment, side_by_side
 from kvbench.config import convert
 from kvbench.errors import UsageError
 from kvbench.list import choices
+from kvbench.run import main
 from kvbench.sweep import composed_words
 
 
@@ -96,6 +97,25 @@ def test_a_study_takes_every_gpu_unless_told_which(
     code = experiment.run(small, [*words, f"results={tmp_path / 'results'}", "limit=2", f"model.device={device}"])
     assert started == expected
     assert code == (1 if expected else 0)  # of two processes nobody has run anything
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_is_infeasible_is_a_result(
+    words: list[str], small: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], jobs: int
+) -> None:
+    (tmp_path / "small.yaml").write_text("seed: [0, 1]\ncells:\n  - {method: random, budget: [0.00001, 0.5]}\n")
+    options = [*words, f"results={tmp_path / 'results'}", "limit=2"]
+    for again in (False, True):
+        assert experiment.run(small, options, jobs) == 0
+        assert states(tmp_path / "results") == 2 * ["done"] + 2 * ["infeasible"]
+        told = capfd.readouterr().err
+        assert "kvbench: 2 of 4 cells are infeasible: python -m kvbench.status results=" in told
+        assert ("is below the smallest plan of random" in told) is not again  # it is not tried again
+    assert experiment.run(small, [*options, "redo=true"], jobs) == 0
+    assert "is below the smallest plan of random" in capfd.readouterr().err
+    alone = ["method=random", "budget=0.00001", "seed=0", *options]
+    assert main(alone) == 2  # asked for alone it can't be met, as before
+    assert "is below the smallest plan of random" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -93,6 +93,11 @@ def test_done_is_what_was_asked_for(left: list[Cell], capsys: pytest.CaptureFixt
     assert (state, reason) == ("missing 32/64", "done with less than is asked for")
 
 
+def test_infeasible_is_nothing_left_to_do(left: list[Cell], capsys: pytest.CaptureFixture[str]) -> None:
+    assert status.main([*PLAY, "-m", "budget=0.2,0.5"]) == 0
+    assert [state for state, _, _ in shown(capsys)] == ["done 32/32", "infeasible 0/32"]
+
+
 def test_one_cell_is_one_line(asked: list[Cell], capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main(["-m", "method=full", PLAY[1], "budget=0.1,0.2"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "1 cells: 1 missing"
