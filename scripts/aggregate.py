@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from kvbench.errors import UsageError
-from kvbench.report.aggregate import aggregate, print_table, write
+from kvbench.report.aggregate import aggregate
+from kvbench.report.tidy import print_table, write
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from kvbench.errors import UsageError
 from kvbench.report import latex
 from kvbench.report.aggregate import aggregate
-from kvbench.report.pareto import chosen
+from kvbench.report.tidy import chosen
 
 
 def main() -> int:

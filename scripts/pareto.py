@@ -20,6 +20,8 @@ from pathlib import Path
 from kvbench.errors import UsageError
 from kvbench.report import anatomy, pareto
 from kvbench.report.aggregate import aggregate
+from kvbench.report.frontier import COSTS, QUALITIES, panels, summary
+from kvbench.report.tidy import chosen
 
 
 def main() -> int:
@@ -27,8 +29,8 @@ def main() -> int:
     parser.add_argument("results", type=Path)
     parser.add_argument("--task", nargs="+", default=(), help="names or labels; default: all")
     parser.add_argument("--methods", nargs="+", default=(), help="names or labels; default: all")
-    parser.add_argument("--metric", default="score", help=f"default: score; or {', '.join(list(pareto.QUALITIES)[1:])}")
-    parser.add_argument("--x", default="share", help=f"default: share; or {', '.join(list(pareto.COSTS)[1:])}")
+    parser.add_argument("--metric", default="score", help=f"default: score; or {', '.join(list(QUALITIES)[1:])}")
+    parser.add_argument("--x", default="share", help=f"default: share; or {', '.join(list(COSTS)[1:])}")
     parser.add_argument(
         "--reference",
         nargs=2,
@@ -41,14 +43,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("pareto"), help="how files begin (default: pareto)")
     arguments = parser.parse_args()
     try:
-        table = pareto.chosen(aggregate(arguments.results), arguments.task, arguments.methods)
+        table = chosen(aggregate(arguments.results), arguments.task, arguments.methods)
         if arguments.bytes:
             files = anatomy.write(table, arguments.results, arguments.bytes, arguments.out)
         else:
             reference = tuple(arguments.reference) if arguments.reference else None
-            found = pareto.panels(table, arguments.metric, arguments.x, reference)
+            found = panels(table, arguments.metric, arguments.x, reference)
             files = pareto.write(found, arguments.out)
-            print(pareto.summary(found))
+            print(summary(found))
     except UsageError as error:
         print(f"pareto: {error}", file=sys.stderr)
         return 2

@@ -16,8 +16,9 @@ import pytest
 from report_data import COMMIT, HOSTILE, LOSSES, REASON, Drawn, write_cell, write_results
 
 from kvbench.errors import UsageError
-from kvbench.report.aggregate import COLUMNS, aggregate, write
+from kvbench.report.aggregate import aggregate
 from kvbench.report.statistics import Clusters, benjamini_hochberg, holm, interval
+from kvbench.report.tidy import COLUMNS, write
 from kvbench.store import EXAMPLES, HEADER, read_cell
 
 ONE = {"tasks": ("niah",), "protocols": ("blind",), "budgets": ("0.1",), "unfinished": False}

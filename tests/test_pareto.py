@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from report_data import write_results
 
 from kvbench.errors import UsageError
-from kvbench.report import anatomy, pareto
+from kvbench.report import anatomy, frontier, pareto
 from kvbench.report.aggregate import aggregate
-from kvbench.report.style import short, spread
+from kvbench.report.names import short
+from kvbench.report.style import GREY, spread
+from kvbench.report.tidy import chosen
 
 POINTS = st.lists(
     st.tuples(st.sampled_from([0.01, 0.02, 0.1, 0.101, 0.5, 1.0, 2.0]), st.integers(-3, 9).map(lambda i: i / 8)),
@@ -38,13 +40,13 @@ def test_the_frontier_is_what_nothing_beats(points: list[tuple[float, float]]) -
     wanted = [
         not any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points) for cost, quality in points
     ]
-    assert pareto.frontier(*split(points)).tolist() == wanted
+    assert frontier.frontier(*split(points)).tolist() == wanted
 
 
 def test_a_thousandth_cheaper_and_worse_is_not_on_the_frontier() -> None:
     cost, quality = np.array([0.0999, 0.1]), np.array([0.2, 0.9])
-    assert pareto.frontier(cost, quality).tolist() == [True, True]
-    assert pareto.frontier(cost, quality, alike=0.01).tolist() == [False, True]
+    assert frontier.frontier(cost, quality).tolist() == [True, True]
+    assert frontier.frontier(cost, quality, alike=0.01).tolist() == [False, True]
 
 
 @given(POINTS, st.sampled_from([0.05, 1.0, 3.0]), st.integers(-4, 8).map(lambda i: i / 8))
@@ -60,20 +62,20 @@ def test_the_area_is_that_of_small_squares(points: list[tuple[float, float]], co
         for c, q in points:
             covered |= (middles >= c) & (q > middle)
         squares += covered.sum() * width / 8 if middle > quality else 0.0
-    assert pareto.area(*split(points), (cost, quality)) == pytest.approx(squares, abs=50 * width)
+    assert frontier.area(*split(points), (cost, quality)) == pytest.approx(squares, abs=50 * width)
 
 
 @given(POINTS, POINTS)
 def test_more_points_never_dominate_less(points: list[tuple[float, float]], others: list[tuple[float, float]]) -> None:
-    some = pareto.area(*split(points), (1.0, 0.0))
-    assert pareto.area(*split(points + others), (1.0, 0.0)) >= some - 1e-12
+    some = frontier.area(*split(points), (1.0, 0.0))
+    assert frontier.area(*split(points + others), (1.0, 0.0)) >= some - 1e-12
 
 
 def test_the_area_by_hand() -> None:
     """A decade at 0.5 and one at 0.75; what costs more than the reference counts for nothing."""
     cost, quality = np.array([0.01, 0.1, 0.1, 5.0]), np.array([0.5, 0.75, 0.2, 1.0])
-    assert pareto.area(cost, quality, (1.0, 0.0)) == pytest.approx(1.25)
-    assert pareto.area(cost, quality, (1.0, 0.5)) == pytest.approx(0.25)
+    assert frontier.area(cost, quality, (1.0, 0.0)) == pytest.approx(1.25)
+    assert frontier.area(cost, quality, (1.0, 0.5)) == pytest.approx(0.25)
 
 
 @given(st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=30))
@@ -120,7 +122,7 @@ TABLE = pd.DataFrame(
 
 
 def test_a_panel_says_what_it_shows_and_what_not() -> None:
-    lm, niah, mean = pareto.panels(TABLE)
+    lm, niah, mean = frontier.panels(TABLE)
     assert niah.points["on_frontier"].tolist() == [True, True, False, False]
     assert niah.full == (0.95, 0.95 - 0.1, 0.95 + 0.1)
     assert niah.reference == (1.0, 0.0)
@@ -130,13 +132,13 @@ def test_a_panel_says_what_it_shows_and_what_not() -> None:
     # Two tasks, each half a tenth wide either way: the root of two squares over two.
     assert (mean.points["high"] - mean.points["mean"]).tolist() == pytest.approx([0.1 / math.sqrt(2)] * 2)
     assert mean.points["others"].tolist() == [4, 4]
-    text = pareto.summary([lm, niah, mean])
+    text = frontier.summary([lm, niah, mean])
     assert "on the frontier: good 0.1, good 0.5" in text
     assert "2 cells that all tasks have; 4 that some lack are left out" in text
 
 
 def test_areas_of_methods_and_of_all_with_intervals() -> None:
-    table = pareto.areas(pareto.panels(TABLE)).query("task == 'niah'").set_index("method")
+    table = frontier.areas(frontier.panels(TABLE)).query("task == 'niah'").set_index("method")
     decades = math.log10(5), math.log10(2)
     assert table.loc["good", "area"] == pytest.approx(0.7 * decades[0] + 0.9 * decades[1])
     assert table.loc["poor", "area"] == pytest.approx(0.3 * decades[0] + 0.6 * decades[1])
@@ -149,7 +151,7 @@ def test_areas_of_methods_and_of_all_with_intervals() -> None:
 
 def test_lower_can_be_better() -> None:
     table = TABLE.assign(metric="kl_full", better="lower")
-    _, niah, _ = pareto.panels(table, "kl_full")
+    _, niah, _ = frontier.panels(table, "kl_full")
     assert niah.points.loc[niah.points["on_frontier"], "method"].unique().tolist() == ["poor"]
     assert niah.reference == (1.0, -0.9)  # the worst that is shown
     low, high = niah.shown(niah.points)
@@ -161,12 +163,12 @@ def test_lower_can_be_better() -> None:
 def test_a_cell_of_one_document_may_lie_anywhere() -> None:
     lone = cell("lone", "0.1", 0.5, 0.1, low=math.nan, high=math.nan, clusters=1)
     table = pd.concat([TABLE, pd.DataFrame([lone])], ignore_index=True)
-    found = pareto.areas(pareto.panels(table)).query("task == 'niah' and method == 'lone'").iloc[0]
+    found = frontier.areas(frontier.panels(table)).query("task == 'niah' and method == 'lone'").iloc[0]
     assert (found["low"], found["area"], found["high"]) == pytest.approx((0.0, 0.5, 1.0))
 
 
 def test_a_reference_of_ones_own() -> None:
-    found = pareto.areas(pareto.panels(TABLE, reference=(0.5, 0.5))).query("task == 'niah'").set_index("method")
+    found = frontier.areas(frontier.panels(TABLE, reference=(0.5, 0.5))).query("task == 'niah'").set_index("method")
     assert found.loc["good", "area"] == pytest.approx(0.2 * math.log10(5))
     assert found.loc["poor", "area"] == 0
     assert set(found["reference_x"]) == set(found["reference_y"]) == {0.5}
@@ -174,22 +176,22 @@ def test_a_reference_of_ones_own() -> None:
 
 def test_what_is_unknown_or_ambiguous_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown metric 'scor'; known: score, answer_nll"):
-        pareto.panels(TABLE, "scor")
+        frontier.panels(TABLE, "scor")
     with pytest.raises(UsageError, match="no finished cell has score and ttft_s"):
-        pareto.panels(TABLE, x="ttft_s")
+        frontier.panels(TABLE, x="ttft_s")
     with pytest.raises(UsageError, match=r"unknown method in these results 'goo'; known: full, good, only, poor"):
-        pareto.chosen(TABLE, methods=["goo"])
+        chosen(TABLE, methods=["goo"])
     with pytest.raises(
         UsageError, match=r"two cells are good at 0.1 in niah, blind, tiny: niah/good-0.1 and elsewhere"
     ):
-        pareto.panels(pd.concat([TABLE, pd.DataFrame([cell("good", "0.1", 0.5, 0.1, folder="elsewhere")])]))
-    assert set(pareto.chosen(TABLE, ["niah"], ["good"])["method"]) == {"full", "good"}
+        frontier.panels(pd.concat([TABLE, pd.DataFrame([cell("good", "0.1", 0.5, 0.1, folder="elsewhere")])]))
+    assert set(chosen(TABLE, ["niah"], ["good"])["method"]) == {"full", "good"}
 
 
 def test_methods_look_alike_in_all_figures_and_never_in_one() -> None:
     rows = [cell(f"m{i}", "0.1", 0.5 + i / 100, 0.1 + i / 50, task=f"t{i // 4}") for i in range(12)]
     rows += [cell(f"m{i}", "0.1", 0.5 + i / 100, 0.1 + i / 50, task="t3") for i in (0, 5, 9)]
-    found = [panel for panel in pareto.panels(pd.DataFrame(rows)) if panel.points["task"].iloc[0].startswith("t")]
+    found = [panel for panel in frontier.panels(pd.DataFrame(rows)) if panel.points["task"].iloc[0].startswith("t")]
     look = pareto.looks(found)
     for panel in found:
         mine = [look[name] for name in pareto.highlighted(panel)]
@@ -206,7 +208,7 @@ def ids(svg: Path) -> set[str]:
 
 def test_figures_of_a_results_folder(tmp_path: Path) -> None:
     write_results(tmp_path / "results", protocols=("blind",))
-    found = pareto.panels(aggregate(tmp_path / "results"), "answer_nll", "bytes_held")
+    found = frontier.panels(aggregate(tmp_path / "results"), "answer_nll", "bytes_held")
     files = pareto.write(found, tmp_path / "one" / "p")
     names = ["lm-blind", "niah-blind", "ruler-blind", "mean-blind"]
     wanted = [f"p-{name}.{kind}" for name in names for kind in ("png", "pdf", "svg")] + ["p-points.csv", "p-area.csv"]
@@ -218,7 +220,7 @@ def test_figures_of_a_results_folder(tmp_path: Path) -> None:
     assert width == 990  # 3.3 inches
     assert height > 500
     again = pareto.write(
-        pareto.panels(aggregate(tmp_path / "results"), "answer_nll", "bytes_held"), tmp_path / "two" / "p"
+        frontier.panels(aggregate(tmp_path / "results"), "answer_nll", "bytes_held"), tmp_path / "two" / "p"
     )
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
     points = pd.read_csv(tmp_path / "one" / "p-points.csv")
@@ -227,13 +229,13 @@ def test_figures_of_a_results_folder(tmp_path: Path) -> None:
 
 def test_many_methods_are_grey_and_named(tmp_path: Path) -> None:
     rows = [cell(f"m{i:02}", budget, 0.3 + i / 100, float(budget)) for i in range(40) for budget in ("0.1", "0.5")]
-    panel = pareto.panels(pd.DataFrame(rows))[0]
+    panel = frontier.panels(pd.DataFrame(rows))[0]
     assert len(pareto.highlighted(panel)) == len(pareto.HUES)
     pareto.write([panel], tmp_path / "p")
     shown = texts(tmp_path / "p-niah-blind.svg")
     assert [f"m{i:02}" in shown for i in range(40)] == [True] * 40
     colours = {node.attrib.get("style", "") for node in ET.parse(tmp_path / "p-niah-blind.svg").iter()}
-    assert any(pareto.GREY in style for style in colours)
+    assert any(GREY in style for style in colours)
 
 
 def test_where_the_bytes_went(tmp_path: Path) -> None:

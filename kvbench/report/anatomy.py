@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvbench.errors import UsageError
-from kvbench.report.curves import COLOURS
-from kvbench.report.style import COLUMN, SETTING, STYLE, file_names, save, short, width
+from kvbench.report.names import file_names, short
+from kvbench.report.style import COLOURS, COLUMN, STYLE, save, width
 from kvbench.report.table import examples
+from kvbench.report.tidy import SETTING
 
 # What a bar is made of: its colour, and its hatching, by which it can be told in grey.
 PARTS = {

@@ -10,12 +10,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kvbench.report.style import COLOURS
+
 PANELS = {
     "bytes_held": "held on the device, MiB",
     "bytes_read": "read per token, MiB",
     "kl_full": "KL to the full cache, nats",
 }
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")  # colour-blind safe
 STROKES = ("-", "--", ":", "-.")
 
 

@@ -21,10 +21,10 @@ import pandas as pd
 from kvbench.cell import slug
 from kvbench.errors import UsageError
 from kvbench.plugins import known
-from kvbench.report.aggregate import RANGE, budget_order, sub_task
-from kvbench.report.pareto import RUN, alone
+from kvbench.report.names import file_names, short
+from kvbench.report.records import sub_task
 from kvbench.report.statistics import Clusters, intervals
-from kvbench.report.style import SETTING, file_names, short
+from kvbench.report.tidy import RANGE, RUN, SETTING, alone, budget_order
 from kvbench.store import read_cell
 
 METRICS = {

@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from kvbench.report.aggregate import aggregate
 from kvbench.report.remake import command
+from kvbench.report.tidy import SETTING
 from kvbench.store import EXAMPLES, HEADER, SOLO, read_solo
 
 #: metric -> how the page calls it, and its unit
@@ -44,8 +45,6 @@ OF_METRIC = (
     *("vs_baseline", "vs_baseline_low", "vs_baseline_high", "p", "test", "p_adjusted", "adjust"),
     *("flips", "win", "tie", "loss", "smallest_difference", "marks"),
 )
-#: Cells with the same of these are compared with the same full cache.
-SETTING = ("task", "model", "protocol", "seed", "generate")
 
 
 def leaderboard(results: str | Path, baseline: str = "full", examples: int = 3, characters: int = 500) -> str:
