@@ -131,6 +131,7 @@ class Settings:
     timed: int = 0  # examples of each cell that are timed alone, after all of them have been answered
     tracker_mode: str = "disabled"
     tracker_project: str = "kvbench"
+    tracker_group: str | None = None
     measure: str = "quality"  # or `solo`: seconds of the cache alone, no answers
 
 

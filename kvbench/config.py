@@ -51,6 +51,7 @@ class TrackerMode(enum.Enum):
 class TrackerConfig:
     mode: TrackerMode = TrackerMode.offline
     project: str = "kvbench"
+    group: str | None = None  # null: a sweep's own words, a study's name, or the results folder's
 
 
 @dataclass
@@ -211,6 +212,7 @@ def convert(config: Node) -> Run:
         timed=config.timed,
         tracker_mode=build("tracker", config.tracker).mode.name,
         tracker_project=config.tracker.project,
+        tracker_group=config.tracker.group,
         measure=config.measure.name,
     )
     return Run(cell, settings)

@@ -52,7 +52,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> list[list[str]]:
     """The words of every cell of a study, as the command line takes them; `overrides` come last."""
     node: Any = OmegaConf.to_container(OmegaConf.load(experiments()[known("experiment", name, experiments())]))
     check(list(overrides), sweep=False)
-    return [[*words(options), *overrides] for options in options_of(node)]
+    return [[*words({"tracker.group": name} | options), *overrides] for options in options_of(node)]
 
 
 def workers(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:

@@ -55,11 +55,10 @@ def run_cells(cells: Sequence[Cell], settings: Settings, alone: bool = True) -> 
             for run in runs:
                 if not run.failed:
                     run.open().finish(exhausted, settings.timed)
-        mode = settings.tracker_mode
+        mode, project, group = settings.tracker_mode, settings.tracker_project, settings.tracker_group
         for run in runs:
             if not run.failed:
-                folder = run.cell.folder(settings.results)
-                mode = tracker.mirror(folder, settings.results, mode, settings.tracker_project)
+                mode = tracker.mirror(run.cell.folder(settings.results), settings.results, mode, project, group)
     folders = [cell.folder(settings.results) for cell in cells]
     print_summary([folder for folder in folders if folder.exists()], new=len(missing))
 
@@ -77,7 +76,9 @@ def _evaluate(runs: Sequence[CellRun], model: Model, limit: int | None) -> bool:
                 lacking = [run for run in runs if run.lacks(unit)]
                 if lacking:
                     _evaluate_unit(lacking, model, context, unit, bar)
-                bar.advance(len(unit.turns))
+                    bar.advance(len(unit.turns))
+                else:
+                    bar.skip(len(unit.turns))
             done += len(examples)
             if len(examples) < len(context.examples):
                 return False  # cut within a context, which may be the last one

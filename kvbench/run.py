@@ -148,6 +148,11 @@ def compose(argv: list[str], action: Action | None, begin: Callable[..., object]
     if not arguments.config_name and runs_local_models(chosen) and reads_local_data(chosen):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which reads it once
 
+    overrides = list(arguments.overrides)
+    if arguments.multirun and "tracker.group" not in chosen and not arguments.config_name:
+        from kvbench.sweep import words  # which imports this module
+
+        overrides += words({"tracker.group": _named(overrides)})
     tell = Told()
 
     def job(*configs: Node, **launcher: Any) -> None:  # a launcher gives all of a sweep, and how to run it
@@ -161,7 +166,7 @@ def compose(argv: list[str], action: Action | None, begin: Callable[..., object]
     before = sys.argv
     # Hydra insists on a folder for a sweep's multirun.yaml, which tells nothing that the records' headers don't.
     with tempfile.TemporaryDirectory() as scratch:
-        sys.argv = ["kvbench", f"hydra.sweep.dir='{scratch}'", *_of_swept_choices(arguments.overrides), *flags]
+        sys.argv = ["kvbench", f"hydra.sweep.dir='{scratch}'", *_of_swept_choices(overrides), *flags]
         try:
             run()
         finally:
@@ -279,6 +284,14 @@ def _of_swept_choices(overrides: list[str]) -> list[str]:
         one = dot and group in swept and not override.is_sweep_override() and not override.is_delete()
         found.append(f"{override.key_or_group}=choice({line.partition('=')[2]})" if one else line)
     return found
+
+
+def _named(overrides: list[str]) -> str | None:
+    """A sweep by its own words, the same whenever it is continued: those that say what its cells are."""
+    settings = ("results", "limit", "redo", "timed", "tracker")
+    asked = [one for one in _parse(overrides) if not one.is_hydra_override()]
+    text = " ".join(str(one.input_line) for one in asked if one.key_or_group.partition(".")[0] not in settings)
+    return text.replace("$", "") or None  # `${...}` would be filled in
 
 
 def _values(override: Override) -> list[Any]:

@@ -3,12 +3,15 @@
     python -m kvbench.tracker results/                  # all finished cells, offline
     python -m kvbench.tracker results/ --mode online
 
-Nothing that W&B, the network or a missing key does ends a run: trouble is one line on stderr.
+A sweep is a group, a cell a run whose job type is the method's label; its records are a series, a summary of means and
+a table of examples (docs/wandb.md). Nothing that W&B, the network or a missing key does ends a run: trouble is one line
+on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import shutil
@@ -28,13 +31,21 @@ from kvbench.store import cells, read_cell
 MODES = ("online", "offline", "disabled")
 
 STEP = "example"  # 0, 1, ... in file order: the x axis of every series
+TABLE = "examples"
+LONGEST = 128  # letters of a group's name, for W&B
+# What a reader looks for in an example, as far as records have it; the other fields are series.
+COLUMNS = (
+    *("id", "cluster_id", "answer", "score", "answer_nll", "kl_full", "agree_full", "diverges_at"),
+    *("bytes_held", "bytes_full", "tokens_kept", "tokens_context", "tokens_out", "info"),
+)
 
 
 def mirror(folder: Path, results: Path, mode: str, project: str = "kvbench", group: str | None = None) -> str:
     """Mirrors one ended cell as one run, with its files under `<results>/wandb`.
 
     Returns the mode for the next cell: `offline` after online mode has failed, so that a sweep waits for a dead network
-    once. Mirroring a cell again replaces its run.
+    once. Mirroring a cell again replaces its run. Without a `group` it stays in the one it has, or is in that of its
+    results folder's name.
     """
     plugins.known("tracker mode", mode, MODES)
     if mode == "disabled":
@@ -52,7 +63,7 @@ def _mirror(folder: Path, results: Path, mode: str, project: str, group: str | N
     import wandb  # 0.5 s, and never for `disabled`
 
     header, records = read_cell(folder)
-    run_id = _run_id(folder, header["digest"])
+    run_id, group = _run_and_group(folder, results, header["digest"], group)
     for older in (results / "wandb").glob(f"*run-*-{run_id}"):
         shutil.rmtree(older)  # a mirror is whole: `wandb sync` must not find the same cell twice
     wandb.setup(settings=wandb.Settings(silent=True))
@@ -71,14 +82,17 @@ def _mirror(folder: Path, results: Path, mode: str, project: str, group: str | N
         finish_timeout_raises=True,
     )
     identity = header["identity"]
+    traits = _traits(identity["method"]["name"])
+    tags = [identity["task"]["name"], identity["model"]["name"], identity["protocol"], traits.get("family", "")]
     arguments: dict[str, Any] = {
         "dir": results,
         "project": project,
-        "group": group,
+        "group": group if len(group) <= LONGEST else f"{group[: LONGEST - 3]}...",
+        "tags": [tag[:64] for tag in dict.fromkeys(tags) if tag],
         "id": run_id,
         "job_type": header["label"],
         "name": f"{identity['task']['name']} {identity['model']['name']} {header['label']} {identity['budget']}",
-        "config": flat(identity) | flat({key: header[key] for key in ("label", "digest", "about")}),
+        "config": flat(identity) | traits | flat({key: header[key] for key in ("label", "digest", "about")}),
         "settings": settings,
         "reinit": "create_new",  # the caller may have a run of its own
     }
@@ -103,8 +117,33 @@ def _log(run: Any, header: dict[str, Any], records: list[dict[str, Any]]) -> Non
     rows = [numbers(record) for record in records]
     for index, row in enumerate(rows):
         run.log(row | {STEP: index})
-    run.summary.update(means(rows) | {"n": len(rows), "status": header["status"]})
+    summary: dict[str, Any] = means(rows) | {"n": len(rows), "status": header["status"]}
+    if summary.get("bytes_full"):
+        summary["share"] = summary["bytes_held"] / summary["bytes_full"]
+    if records:
+        summary[TABLE] = _table(run, records)
+        run.log({TABLE: summary[TABLE]})
+    run.summary.update(summary)
     run.finish(exit_code=0 if header["status"] == "done" else 1)
+
+
+def _table(run: Any, records: list[dict[str, Any]]) -> Any:
+    """The records as rows to read. A file of the run's alone.
+
+    W&B would also make an artifact of a table: two more copies, kept in the user's home and found by their absolute
+    paths when an offline run is synced. One that is bound to its run already stays out of that.
+    """
+    import wandb
+
+    columns: list[Any] = [name for name in COLUMNS if any(name in record for record in records)]
+    rows: list[Any] = [[_cell(record.get(name)) for name in columns] for record in records]
+    table = wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
+    table.bind_to_run(run, TABLE, len(records))
+    return table
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
 
 
 def numbers(record: dict[str, Any]) -> dict[str, int | float]:
@@ -129,12 +168,25 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _run_id(folder: Path, digest: str) -> str:
-    """The cell's run, kept in its folder. Not the digest alone: another results folder's cell is another run."""
+def _run_and_group(folder: Path, results: Path, digest: str, group: str | None) -> tuple[str, str]:
+    """The cell's run and its group, kept in its folder.
+
+    The run is not the digest alone: another results folder's cell is another run.
+    """
     path = folder / "wandb-id"
-    if not path.exists():
-        path.write_text(f"{digest}-{secrets.token_hex(3)}\n")
-    return path.read_text().strip()
+    before = path.read_text().splitlines() if path.exists() else []
+    after = before[:1] or [f"{digest}-{secrets.token_hex(3)}"]
+    after += [group] if group else before[1:] or [results.resolve().name]
+    if after != before:
+        path.write_text("".join(f"{line}\n" for line in after))
+    return after[0], after[1]
+
+
+def _traits(method: str) -> dict[str, str]:
+    """What a method's file says of it; nothing where the file is not here."""
+    file = plugins.files("methods").get(method)
+    declared = plugins.about(file).traits if file else {}
+    return {name: declared[name] for name in ("family", "trust") if name in declared}
 
 
 def _no_way_online(wandb: Any) -> str | None:
@@ -184,7 +236,9 @@ def main() -> int:
     parser.add_argument("results", type=Path)
     parser.add_argument("--mode", choices=("offline", "online"), default="offline")
     parser.add_argument("--project", default="kvbench")
-    parser.add_argument("--group")
+    parser.add_argument(
+        "--group", help="default: the sweep that a cell was mirrored with, or the results folder's name"
+    )
     options = parser.parse_args()
     mode, code = options.mode, 0
     try:

@@ -252,3 +252,21 @@ def test_options_of_a_swept_method_reach_every_one_of_it(ran: list[tuple[Any, ..
     assert main(["-m", "method=compose,compose", "task=gallery,gallery", "method.tiers=[exact,int4]"]) == 0
     ((cells, *_),) = ran
     assert [list(cell.method.tiers) for cell in cells] == [["exact", "int4"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["seed=1,2", "limit=5", "results=/tmp/x", "timed=0"], "method=painted task=gallery seed=1,2"),
+        (["seed=1", "method.more={a:'x, \"y\"'}"], "method=painted task=gallery seed=1 method.more={a:'x, \"y\"'}"),
+        (["seed=1", "tracker.group=mine"], "mine"),
+    ],
+)
+def test_a_sweep_is_a_group_of_its_own_words(ran: list[tuple[Any, ...]], words: list[str], expected: str) -> None:
+    assert main(["-m", "method=painted", "task=gallery", *words]) == 0
+    assert {settings.tracker_group for _, settings in ran} == {expected}
+
+
+def test_one_cell_is_no_sweep(ran: list[tuple[Any, ...]]) -> None:
+    assert main(["method=painted", "task=gallery"]) == 0
+    assert ran[0][1].tracker_group is None

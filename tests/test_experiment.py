@@ -49,6 +49,12 @@ def test_an_unknown_study_is_refused_with_the_known() -> None:
         experiment.read("nonsense")
 
 
+def test_a_study_is_a_group_of_its_name() -> None:
+    assert {convert(composed_words(words)).settings.tracker_group for words in experiment.read("reference")[:1]} == {
+        "reference"
+    }
+
+
 @pytest.fixture
 def words(tmp_path: Path) -> Iterator[list[str]]:
     with prepared(tmp_path) as chosen:

@@ -28,10 +28,28 @@ from kvbench.errors import UsageError
 from kvbench.store import CellStore
 
 RECORDS: list[dict[str, Any]] = [
-    {"id": "a", "score": 1.0, "answer": "x", "kl_full": 0.5, "bytes_held": 10, "tiers": {"exact": 3}, "info": {}},
-    {"id": "b", "score": 0.0, "answer": "y", "kl_full": None, "bytes_held": 20, "tiers": {"exact": 4}, "info": {}},
+    {
+        "id": "a",
+        "score": 1.0,
+        "answer": "x",
+        "kl_full": 0.5,
+        "bytes_held": 10,
+        "bytes_full": 60,
+        "tiers": {"exact": 3},
+        "info": {},
+    },
+    {
+        "id": "b",
+        "score": 0.0,
+        "answer": "y",
+        "kl_full": None,
+        "bytes_held": 20,
+        "bytes_full": 60,
+        "tiers": {"exact": 4},
+        "info": {},
+    },
 ]
-SUMMARY = {"score": 0.5, "kl_full": 0.5, "bytes_held": 15, "n": 2, "status": "done"}
+SUMMARY = {"score": 0.5, "kl_full": 0.5, "bytes_held": 15, "bytes_full": 60, "share": 0.25, "n": 2, "status": "done"}
 
 
 def results_of(folder: Path, windows: tuple[int, ...] = (32,), finish: bool = True) -> Path:
@@ -49,7 +67,8 @@ def python(home: Path, *arguments: str, **environment: str) -> subprocess.Comple
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "NETRC"))}
     ours = {name: value for name, value in ours.items() if not name.lower().endswith("_proxy")}
     ours |= {"HOME": str(home), "XDG_CACHE_HOME": str(home), "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-W", "error", *arguments]
+    folder = "ignore:Implicitly cleaning up <TemporaryDirectory:ResourceWarning"  # W&B's own, for its media
+    command = [sys.executable, "-W", "error", "-W", folder, *arguments]
     return subprocess.run(command, env=ours | environment, capture_output=True, text=True, timeout=60)
 
 
@@ -126,15 +145,22 @@ def test_an_offline_mirror_says_what_the_records_say(tmp_path: Path) -> None:
     assert run.job_type == "test_store(window=32)"
     assert run.display_name == "test_store tiny test_store(window=32) 0.1"
     assert (run.project, run.run_group) == ("kvbench", "nightly")
-    assert run.run_id == (next(tracker.cells(results)) / "wandb-id").read_text().strip()
+    assert list(run.tags) == ["test_store", "tiny", "blind"]
+    assert (next(tracker.cells(results)) / "wandb-id").read_text() == f"{run.run_id}\nnightly\n"
     assert run.run_id.startswith(a_cell(32).digest)
     fields = {"example", "score", "kl_full", "bytes_held", "answer", "tiers", "tiers.exact", "id"}
-    assert [{key: value for key, value in row.items() if key in fields} for row in history] == [
+    *series, shown = history
+    assert [{key: value for key, value in row.items() if key in fields} for row in series] == [
         {"example": 0, "score": 1.0, "kl_full": 0.5, "bytes_held": 10},
         {"example": 1, "score": 0.0, "bytes_held": 20},
     ]
     assert {key: summary[key] for key in SUMMARY} == SUMMARY
     assert not {"id", "answer", "example"} & summary.keys()
+    assert shown["examples.path"] == summary["examples"]["path"]
+    table = json.loads((path.parent / "files" / summary["examples"]["path"]).read_text())
+    assert table["columns"] == ["id", "answer", "score", "kl_full", "bytes_held", "bytes_full", "info"]
+    assert table["data"] == [["a", "x", 1.0, 0.5, 10, 60, "{}"], ["b", "y", 0.0, None, 20, 60, "{}"]]
+    assert not list(tmp_path.rglob("staging"))  # nothing that an offline run needs is elsewhere
 
 
 def test_mirroring_again_replaces_the_run(tmp_path: Path) -> None:
@@ -144,8 +170,22 @@ def test_mirroring_again_replaces_the_run(tmp_path: Path) -> None:
         assert (ended.returncode, ended.stderr) == (0, "")
         assert ended.stdout == "".join(f"{folder}: offline\n" for folder in tracker.cells(results))
         ids = sorted(read_run(path)[0].run_id for path in runs(results))
-        assert ids == sorted((folder / "wandb-id").read_text().strip() for folder in tracker.cells(results))
+        assert ids == sorted((folder / "wandb-id").read_text().split()[0] for folder in tracker.cells(results))
     assert len(list(tracker.cells(results))) == 2  # W&B's files are not taken for cells
+
+
+def test_a_group_is_kept_until_another_is_asked_for(tmp_path: Path) -> None:
+    results = results_of(tmp_path / "results")
+    (cell,) = tracker.cells(results)
+    run = tracker._run_and_group(cell, results, "ab", None)
+    assert run == (run[0], "results")
+    assert tracker._run_and_group(cell, results, "ab", "method=full,snapkv") == (run[0], "method=full,snapkv")
+    assert tracker._run_and_group(cell, results, "ab", None) == (run[0], "method=full,snapkv")
+
+
+def test_what_a_methods_file_says_of_it_can_be_filtered_by() -> None:
+    assert tracker._traits("snapkv") == {"family": "scorer", "trust": "parity"}
+    assert tracker._traits("of another folder") == {}
 
 
 def test_disabled_writes_nothing_and_imports_nothing(tmp_path: Path) -> None:
@@ -172,7 +212,7 @@ def test_online_mode_falls_back_within_seconds(tmp_path: Path, case: str) -> Non
     assert ended.stderr.count("\n") == 1
     assert f"wandb sync {results}/wandb/offline-run-*" in ended.stderr
     assert seconds < 30  # 1.5 on an idle machine; W&B alone would block for 100
-    assert len(read_run(runs(results)[0])[2]) == 2
+    assert len(read_run(runs(results)[0])[2]) == 3
 
 
 class FakeServer(http.server.BaseHTTPRequestHandler):
@@ -226,9 +266,11 @@ def test_online_mode_sends_what_the_records_say(tmp_path: Path) -> None:
     (summary,) = (json.loads(text) for path, text in got if path == "/upload/wandb-summary.json")
     assert {key: summary[key] for key in SUMMARY} == SUMMARY
     sent = "".join(text for path, text in got if path.endswith("/file_stream"))
-    assert (next(tracker.cells(results)) / "wandb-id").read_text().strip() in got[0][1]
+    assert (next(tracker.cells(results)) / "wandb-id").read_text().split()[0] in got[0][1]
     assert '"complete":true' in sent
     assert "wandb-history.jsonl" in sent
+    (table,) = (text for path, text in got if path.endswith(".table.json"))
+    assert json.loads(table)["data"][0][:3] == ["a", "x", 1.0]
 
 
 def test_a_server_that_refuses_leaves_an_offline_run_of_the_same_id(tmp_path: Path) -> None:
@@ -241,8 +283,8 @@ def test_a_server_that_refuses_leaves_an_offline_run_of_the_same_id(tmp_path: Pa
     assert ended.stderr.count("\n") == 1
     (path,) = runs(results)
     run, _, history, _ = read_run(path)
-    assert len(history) == 2
-    assert run.run_id == (next(tracker.cells(results)) / "wandb-id").read_text().strip()
+    assert len(history) == 3
+    assert run.run_id == (next(tracker.cells(results)) / "wandb-id").read_text().split()[0]
 
 
 def test_a_proxy_is_where_the_connection_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,3 +333,18 @@ def test_the_command_line_wants_finished_cells(tmp_path: Path) -> None:
     results = results_of(tmp_path / "results", finish=False)
     ended = python(tmp_path, "-m", "kvbench.tracker", str(results))
     assert (ended.returncode, ended.stderr) == (2, f"no finished cell in {results}\n")
+
+
+def test_an_offline_run_is_synced_from_wherever_it_lies(tmp_path: Path) -> None:
+    mirrored(tmp_path, results_of(tmp_path / "results"), "offline")
+    (tmp_path / "results").rename(tmp_path / "elsewhere")
+    folder = str(next((tmp_path / "elsewhere" / "wandb").glob("offline-run-*")))
+    with wandb_server(answers=True) as (environment, got):
+        environment["WANDB_ERROR_REPORTING"] = "false"
+        ended = python(tmp_path, "-W", "default", "-m", "wandb", "sync", folder, **environment)
+    assert ended.returncode == 0, ended.stderr
+    (table,) = (text for path, text in got if path.endswith(".table.json"))
+    assert json.loads(table)["data"][0][:3] == ["a", "x", 1.0]
+    (summary,) = (json.loads(text) for path, text in got if path == "/upload/wandb-summary.json")
+    assert {key: summary[key] for key in SUMMARY} == SUMMARY
+    assert summary["examples"]["_type"] == "table-file"
