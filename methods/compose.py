@@ -4,17 +4,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from kvbench.budget import Allowance
+from kvbench.cache.codecs.base import Context
 from kvbench.errors import UsageError
 from kvbench.method import Delegate, Family, Method, Trust, Wrapper, check_scorer
 from kvbench.plan import Infeasible, LayerPlan, Plan, keep_all
 from kvbench.plugins import build_method, load
 from kvbench.prefill import Seen
-from kvbench.toolbox.routers import as_mass, byte_limits, hull_route
-from kvbench.toolbox.tiers import all_rows, fixed_bytes, quality, round_trip, tier
+from kvbench.toolbox.routers import as_mass, byte_limits, hull_route, protected_tokens
+from kvbench.toolbox.tiers import fixed_bytes, kept, tier
 
 
 @dataclass(frozen=True)
@@ -73,23 +71,11 @@ class Compose(Delegate):
             raise Infeasible(fixed + layers * kv_heads * min(costs), budget.limit)
         scores = [self.scores(seen, i) for i in range(layers)]
         limits = byte_limits(self.inner, seen, scores, budget.limit - fixed, max(costs))
-        return Plan(tuple(self._route(seen, i, scores[i], tiers, costs, limits) for i in range(layers)))
-
-    def _route(
-        self, seen: Seen, layer: int, scores: Tensor, tiers: tuple[Any, ...], costs: list[int], limits: Tensor
-    ) -> LayerPlan:
-        x = seen.layers[layer]
-        tokens, rows = x.key.shape[1], all_rows(x)
-        mean = int(limits.sum()) // (limits.numel() * max(costs))
-        first, last = self.inner.protected(mean, tokens)
-        at = torch.arange(tokens, device=x.key.device)
-        route = hull_route(
-            as_mass(scores, self.scale),
-            torch.stack(
-                [quality(x, round_trip(one.key, x.key, rows), round_trip(one.value, x.value, rows)) for one in tiers]
-            ),
-            costs,
-            limits[layer].to(x.key.device),
-            (at < first) | (at >= tokens - last),
-        )
-        return LayerPlan(tiers, route)
+        protected = protected_tokens(self.inner, limits, max(costs), scores[0].shape[1])
+        contexts = Context.of(seen.token_ids, seen.next_position, seen.network.devices)
+        each = zip(seen.layers, scores, limits, strict=True)
+        routes = [
+            hull_route(as_mass(score, self.scale), kept(x, tiers, contexts), costs, limit, protected)
+            for x, score, limit in each
+        ]
+        return Plan(tuple(LayerPlan(tiers, route) for route in routes))

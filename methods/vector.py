@@ -1,25 +1,24 @@
 """VECTOR."""
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kvbench.artefact import Calibration
 from kvbench.budget import Allowance
+from kvbench.cache.codecs.base import Context, Contexts
 from kvbench.cache.codecs.exact import Exact
 from kvbench.cache.codecs.from_key import FromKey
-from kvbench.cache.layout import index_dtype, look_up
-from kvbench.cache.rope import Angles
+from kvbench.cache.layout import index_dtype
 from kvbench.corpora import CALIBRATION_TEXTS
 from kvbench.errors import UsageError
 from kvbench.method import Family, Trust, Wrapper
 from kvbench.plan import Infeasible, LayerPlan, Plan, Tier, keep_all
 from kvbench.prefill import Seen, SeenLayer
-from kvbench.toolbox.routers import as_mass, byte_limits, hull_route, paper_counts, paper_route
-from kvbench.toolbox.tiers import all_rows, few_bits_key, fixed_bytes, quality, round_trip, tier
+from kvbench.toolbox.routers import as_mass, byte_limits, hull_route, one_price_route, paper_route, protected_tokens
+from kvbench.toolbox.tiers import every_row, few_bits_key, fixed_bytes, kept, tier
 from kvbench.toolbox.value_maps import Features, Maps, ValueMaps
 
 
@@ -91,13 +90,32 @@ class Vector(Wrapper):
         limits = byte_limits(self.scorer, seen, scores, limit, row)
         if self.maps is Maps.layer:  # one route for all heads
             scores, limits = [x.mean(0, keepdim=True) for x in scores], limits.sum(1, keepdim=True)
-        tokens = scores[0].shape[1]
-        first, last = self.inner.protected(int(limits.sum()) // (limits.numel() * max(costs)), tokens)
-        at = torch.arange(tokens, device=scores[0].device)
-        route = self._paper if self.router is Router.paper else self._utility
-        routes = route(seen, scores, tiers, costs, limits, (at < first) | (at >= tokens - last))
-        kv_heads = seen.layers[0].key.shape[0]
-        return Plan(tuple(LayerPlan(t, x.expand(kv_heads, -1)) for t, x in zip(tiers, routes, strict=True)))
+        protected = protected_tokens(self.inner, limits, max(costs), scores[0].shape[1])
+        contexts = Context.of(seen.token_ids, seen.next_position, seen.network.devices)
+        judged = [self._judge(x, some, contexts) for x, some in zip(seen.layers, tiers, strict=True)]
+        if self.router is Router.utility:
+            scores = [as_mass(score, self.scale) for score in scores]
+        if self.one_price:
+            routes = one_price_route(seen.network.gather(scores), seen.network.gather(judged), costs, limits, protected)
+        else:
+            route = paper_route if self.router is Router.paper else hull_route
+            each = zip(scores, judged, limits, strict=True)
+            routes = [route(score, worth, costs, limit, protected) for score, worth, limit in each]
+        return Plan(
+            tuple(
+                LayerPlan(some, one.to(x.key.device).expand(len(x.key), -1))
+                for some, one, x in zip(tiers, routes, seen.layers, strict=True)
+            )
+        )
+
+    def _judge(self, x: SeenLayer, tiers: tuple[Tier, ...], contexts: Contexts) -> Tensor:
+        """What routers compare: the squared errors of the estimated values, (units, tokens), or what each tier keeps of
+        each token, (tiers, units, tokens)."""
+        if self.router is Router.paper:
+            each = tiers[-1].value.squared_error(x.value.flatten(0, 1), every_row(x, contexts)).view(x.key.shape[:2])
+        else:
+            each = kept(x, tiers, contexts)
+        return each.mean(-2, keepdim=True) if self.maps is Maps.layer else each
 
     def _approximate(self, seen: Seen, layer: int) -> Tier:
         """The tier of a layer's approximated tokens."""
@@ -132,67 +150,3 @@ class Vector(Wrapper):
         if limit < units * least:
             raise Infeasible(budget.charged(0, ids) + units * (fixed + least), budget.limit)
         return costs, limit
-
-    def _paper(
-        self,
-        seen: Seen,
-        scores: list[Tensor],
-        tiers: list[tuple[Tier, ...]],
-        costs: tuple[int, ...],
-        limits: Tensor,
-        protected: Tensor,
-    ) -> list[Tensor]:
-        """The route of each layer, for each unit."""
-        routes = []
-        angles = Angles(seen.network.rope, seen.next_position)
-        for x, score, (_, approximate), limit in zip(seen.layers, scores, tiers, limits.tolist(), strict=True):
-            error = (self._estimate(seen, x, approximate, angles)[1] - x.value).square().sum(-1)
-            error = error.sum(0, keepdim=True) if self.maps is Maps.layer else error
-            counts = [paper_counts(score.shape[1], (costs[0], costs[1]), one) for one in limit]
-            units = zip(score.split(1), error.split(1), counts, strict=True)
-            routes.append(torch.cat([paper_route(*unit, protected.to(score.device)) for unit in units]))
-        return routes
-
-    def _utility(
-        self,
-        seen: Seen,
-        scores: list[Tensor],
-        tiers: list[tuple[Tier, ...]],
-        costs: tuple[int, ...],
-        limits: Tensor,
-        protected: Tensor,
-    ) -> list[Tensor]:
-        """The route of each layer, for each unit."""
-        angles = Angles(seen.network.rope, seen.next_position)
-        mass = [as_mass(score, self.scale) for score in scores]
-        kept = (self._kept(seen, x, some, angles) for x, some in zip(seen.layers, tiers, strict=True))
-        if not self.one_price:
-            units = zip(mass, kept, limits, strict=True)
-            return [hull_route(m, k, costs, limit.to(m.device), protected.to(m.device)) for m, k, limit in units]
-        every = torch.stack(seen.network.gather(mass))
-        worth = torch.stack(seen.network.gather(kept), 1).flatten(1)[:, None]
-        limit, protected = limits.sum()[None].to(every.device), protected.to(every.device).repeat(every[..., 0].numel())
-        route = hull_route(every.flatten()[None], worth, costs, limit, protected).view_as(every)
-        return [one.to(x.key.device) for one, x in zip(route, seen.layers, strict=True)]
-
-    def _kept(self, seen: Seen, x: SeenLayer, tiers: tuple[Tier, ...], angles: Angles) -> Tensor:
-        """What each tier keeps of a layer's tokens, unit by unit: (tiers, units, tokens)."""
-        rows = all_rows(x)
-        key, estimate = self._estimate(seen, x, tiers[-1], angles)
-        keys = {tiers[-1].key: key}
-        found = []
-        for one in tiers[:-1]:
-            back = keys[one.key] if one.key in keys else round_trip(one.key, x.key, rows)
-            found.append(quality(x, back, round_trip(one.value, x.value, rows)))
-        kept = torch.stack([*found, quality(x, key, estimate)])
-        return kept.mean(1, keepdim=True) if self.maps is Maps.layer else kept
-
-    def _estimate(self, seen: Seen, x: SeenLayer, tier: Tier, angles: Angles) -> tuple[Tensor | None, Tensor]:
-        """Every key of a layer as the tier would hold it (None: as it is) and the value estimated from it, in float32:
-        (kv_heads, tokens, dim)."""
-        assert isinstance(tier.value, FromKey)
-        rows = replace(all_rows(x), token=look_up(seen.token_ids, x.position).repeat(x.key.shape[0]))
-        key = round_trip(tier.key, x.key, rows)
-        held = (x.key if key is None else key.to(x.key.dtype)).flatten(0, 1)
-        estimate = replace(tier.value, rope=angles).predict(replace(rows, key=held))
-        return key, estimate + (x.value - estimate).mean(1, keepdim=True) if self.intercept else estimate

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvbench import plugins
 from kvbench.artefact import Artefact, load_or_fit
 from kvbench.budget import Budget
+from kvbench.cache.codecs.base import Context
 from kvbench.cache.packed import CompressedCache
 from kvbench.errors import UsageError
 from kvbench.method import Family, Method, Wrapper
@@ -22,7 +23,7 @@ from kvbench.model import Model
 from kvbench.plan import EVICTED, Plan
 from kvbench.prefill import Seen, read_exactly
 from kvbench.toolbox.routers import hull_route
-from kvbench.toolbox.tiers import NAMES, all_rows, quality, round_trip, tier
+from kvbench.toolbox.tiers import NAMES, kept, tier
 
 TOKENS = 120
 SCORERS = [
@@ -142,13 +143,12 @@ def test_small_tiers_under_every_allocator(allocator: str, tiny: Model) -> None:
 def test_survivors_at_4_bits_are_more_and_fewer_bits_keep_less(tiny: Model) -> None:
     exact = plugins.build_method("knorm")
     seen = see(exact, tiny)
-    kept = (packed(exact, seen, "0.3")[0].layers[0].route != EVICTED).sum()
+    exactly = (packed(exact, seen, "0.3")[0].layers[0].route != EVICTED).sum()
     for name, more in (("int8", 1.2), ("int4", 1.8), ("int3", 2.0), ("int2", 2.5)):
         composed = plugins.build_method("compose", scorer="knorm", tiers=[name])
-        assert (packed(composed, seen, "0.3")[0].layers[0].route != EVICTED).sum() > more * kept
-    x, rows = seen.layers[0], all_rows(seen.layers[0])
-    back = [(round_trip(t.key, x.key, rows), round_trip(t.value, x.value, rows)) for t in map(tier, NAMES)]
-    left = [quality(x, key, value).mean() for key, value in back]
+        assert (packed(composed, seen, "0.3")[0].layers[0].route != EVICTED).sum() > more * exactly
+    contexts = Context.of(seen.token_ids, seen.next_position, seen.network.devices)
+    left = kept(seen.layers[0], [tier(name) for name in NAMES], contexts).mean((1, 2)).tolist()
     assert left == sorted(left, reverse=True)
     assert left[0] == 1
 

@@ -123,6 +123,33 @@ def test_estimated_values_are_mixed_without_being_built(
         close(codec.mix(weights, {}, rows, fixed), explicit)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    codec=st.one_of(ANY_ROWS, st.sampled_from([from_key(), from_key(False)])),
+    groups=GROUPS,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_squared_errors_are_those_of_rows_that_come_back(codec: Codec, groups: list[int], dtype: torch.dtype) -> None:
+    """Those of quantised rows in expectation: their mean over many rows."""
+    assume(sum(groups))
+    expected = isinstance(codec, Standardised) or (isinstance(codec, Quant) and codec.tokens == 1)
+    groups = [max(groups)] * KV_HEADS if isinstance(codec, LowRank) else groups
+    layout = Layout(tuple(codec.group * n * (200 if expected else 1) for n in groups), isinstance(codec, LowRank))
+    position = torch.randint(TOKENS, (layout.rows,), generator=torch.Generator().manual_seed(0))
+    rows = Rows(layout, position, IDS[position], random(layout.rows, DIM, seed=2))
+    x = random(layout.rows, DIM, seed=3).to(dtype)
+    fixed = codec.fit(x, rows)
+    back = codec.decode(codec.encode(x, rows, fixed), rows, fixed, torch.float32)
+    found, real = codec.squared_error(x, rows), (back - x.float()).square().sum(-1)
+    if expected:
+        bits = codec.inner.bits if isinstance(codec, Standardised) else codec.bits  # type: ignore[attr-defined]
+        assert float(found.mean()) == pytest.approx(float(real.mean()), rel={1: 0.6, 2: 0.2}.get(bits, 0.1))
+    else:
+        torch.testing.assert_close(
+            found, real, rtol=0.02 if dtype is torch.bfloat16 else 1e-3, atol=0.1 if dtype is torch.bfloat16 else 1e-4
+        )
+
+
 def layer_of(parts: list[tuple[Tier, list[int], bool]], dtype: torch.dtype, multiplicity: bool) -> PackedLayer:
     """A layer with a slab of random rows for every (tier, counts, shared)."""
     slabs = []

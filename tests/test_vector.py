@@ -82,8 +82,9 @@ def test_the_papers_split(removed: float, kept: float, swapped: float) -> None:
 
 def test_the_paper_truncates_the_smallest_errors_of_its_pool() -> None:
     scores, error = torch.arange(10.0)[None], torch.tensor([[9.0, 8, 7, 6, 5, 4, 3, 0, 2, 1]])
-    route = paper_route(scores, error, (2, 3), torch.arange(10) == 9)
-    assert route.tolist() == [[-1] * 5 + [RETAINED] + [APPROXIMATED] * 3 + [RETAINED]]
+    route = paper_route(scores, error, (2, 1), torch.tensor([8]), torch.arange(10) == 9)
+    assert paper_counts(10, (2, 1), 8) == (2, 4)
+    assert route.tolist() == [[-1] * 4 + [RETAINED] + [APPROXIMATED] * 4 + [RETAINED]]
 
 
 def seen_by(tiny: Model, method: Method) -> Seen:

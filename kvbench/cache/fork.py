@@ -348,7 +348,7 @@ class Fork:
         if tiered and acts_in_time(method):
             raise ValueError(f"{type(method).__name__} acts in time: it attends over decoded rows")
         devices = {layer.empty.device for layer in cache.layers}
-        self.contexts = {x: Context(cache.token_ids.to(x), cache.next_position) for x in devices}
+        self.contexts = Context.of(cache.token_ids, cache.next_position, devices)
         self._usage = Usage()
         self.layers = [
             ForkLayer(packed, state, self, i)

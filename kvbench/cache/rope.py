@@ -11,29 +11,20 @@ from torch import Tensor
 Rope = Callable[[Tensor], tuple[Tensor, Tensor]]  # (cos, sin) of the rotary embedding at any positions
 
 
-class Angles:
-    """A rotary embedding at positions below `end`, worked out once on each device that asks."""
-
-    def __init__(self, rope: Rope, end: int) -> None:
-        self._rope, self._end = rope, end
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, position: Int[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        device = position.device
-        if device not in self._tables:
-            self._tables[device] = self._rope(torch.arange(self._end, device=device))
-        cos, sin = self._tables[device]
-        return cos[position], sin[position]
-
-
 def unrotate(
     key: Float[Tensor, "... dim"], cos: Float[Tensor, "... dim"], sin: Float[Tensor, "... dim"]
 ) -> Float[Tensor, "... dim"]:
     """A key as it was before its rotary embedding, in float32: the inverse of `k * cos + rotate_half(k) * sin`."""
-    key = key.float()
+    size = cos.square() + sin.square()
+    return turn_back(key.float(), cos / size, sin / size)
+
+
+def turn_back(
+    key: Float[Tensor, "... dim"], cos: Float[Tensor, "... dim"], sin: Float[Tensor, "... dim"]
+) -> Float[Tensor, "... dim"]:
+    """`unrotate` with a cosine and a sine that were divided by the sum of their squares."""
     first, second = key.chunk(2, dim=-1)
-    back = key * cos + torch.cat([second, -first], dim=-1) * sin
-    return back / (cos.square() + sin.square())
+    return key * cos + torch.cat([second, -first], dim=-1) * sin
 
 
 def rotate(key: Float[Tensor, "kv_heads slots dim"], by: Int[Tensor, "kv_heads slots"], rope: Rope) -> Tensor:

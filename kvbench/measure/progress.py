@@ -16,7 +16,7 @@ class Progress:
     """A moving bar on a terminal's standard error; in a log file a line a minute, none for what takes less."""
 
     def __init__(self, what: str, total: int | None) -> None:
-        self.what, self.total, self.done = what, total, 0
+        self.what, self.total, self.done, self.skipped = what, total, 0, 0
         self.console = Console(stderr=True, soft_wrap=True)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         columns += [TextColumn("ETA"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[doing]}")]
@@ -35,6 +35,12 @@ class Progress:
         """What is being done inside the present step."""
         self.bar.update(self.job, doing=doing)
 
+    def skip(self, steps: int) -> None:
+        """Steps that an earlier run has done: they are no measure of how fast this one is."""
+        self.skipped += steps
+        left = None if self.total is None else self.total - self.skipped
+        self.bar.update(self.job, total=left, description=f"{self.what}, {self.skipped} done before")
+
     def advance(self, steps: int = 1) -> None:
         self.done += steps
         self.bar.advance(self.job, steps)
@@ -44,8 +50,9 @@ class Progress:
             of, left = "", ""
             if self.total:
                 of = f" of {self.total}"
-                left = f", {_minutes((now - self.started) * (self.total - self.done) / self.done)} left"
-            line = f"{self.what}: {self.done}{of}, {_minutes(now - self.started)} so far{left}"
+                missing = self.total - self.skipped - self.done
+                left = f", {_minutes((now - self.started) * missing / self.done)} left"
+            line = f"{self.what}: {self.skipped + self.done}{of}, {_minutes(now - self.started)} so far{left}"
             self.console.print(line, markup=False, highlight=False)
 
 

@@ -37,7 +37,9 @@ def hull_route(
     to dearer tier, in steps of falling worth per byte, and the best steps of all tokens are taken while they fit.
     Protected tokens go to the dearest tier, before any other step. The bytes of the first step left out stay unused.
     """
-    value, price = importance * quality, torch.tensor(costs, device=importance.device)
+    device = importance.device
+    limits, protected, price = limits.to(device), protected.to(device), torch.tensor(costs, device=device)
+    value = importance * quality
     dearest = int(price.argmax())
     spent = torch.zeros_like(importance, dtype=torch.long)
     worth = torch.zeros_like(importance)
@@ -64,6 +66,19 @@ def hull_route(
     for tier, took in zip(tiers, taken.chunk(len(tiers), dim=1), strict=True):
         route = torch.where(took, tier.to(torch.int8), route)
     return route
+
+
+def one_price_route(
+    importance: Sequence[Float[Tensor, "units tokens"]],
+    quality: Sequence[Float[Tensor, "tiers units tokens"]],
+    costs: Sequence[int],
+    limits: Int[Tensor, "layers units"],
+    protected: Bool[Tensor, " tokens"],
+) -> Int8[Tensor, "layers units tokens"]:
+    """`hull_route` over the tokens of all layers and units at once: a byte is worth the same wherever it goes."""
+    every, flat = torch.stack(list(importance)), torch.stack(list(quality), 1).flatten(1)[:, None]
+    always = protected.repeat(every[..., 0].numel())
+    return hull_route(every.flatten()[None], flat, costs, limits.sum()[None], always).view_as(every)
 
 
 def byte_limits(
@@ -95,16 +110,30 @@ def paper_counts(tokens: int, costs: tuple[int, int], limit: int) -> tuple[int, 
 
 
 def paper_route(
-    scores: Float[Tensor, "kv_heads tokens"],
-    error: Float[Tensor, "kv_heads tokens"],
-    counts: tuple[int, int],
+    scores: Float[Tensor, "units tokens"],
+    error: Float[Tensor, "units tokens"],
+    costs: Sequence[int],
+    limits: Int[Tensor, " units"],
     protected: Bool[Tensor, " tokens"],
-) -> Int8[Tensor, "kv_heads tokens"]:
-    """VECTOR's truncation: of the pool (the best retained + approximated tokens) those with the least `error` lose
-    their value. Protected tokens are in the pool and keep it."""
-    retained, approximated = counts
+) -> Int8[Tensor, "units tokens"]:
+    """VECTOR's truncation under a limit in bytes for each unit: of the pool (the best retained + approximated tokens)
+    those with the least `error` lose their value. Protected tokens are in the pool and keep it."""
+    protected = protected.to(scores.device)
+    ranked = scores.masked_fill(protected, torch.inf)
+    error = error.masked_fill(protected, torch.inf)
     route = torch.full_like(scores, EVICTED, dtype=torch.int8)
-    pool = scores.masked_fill(protected, torch.inf).topk(retained + approximated, dim=1).indices
-    least = error.masked_fill(protected, torch.inf).gather(1, pool).argsort(dim=1)[:, :approximated]
-    route.scatter_(1, pool, RETAINED)
-    return route.scatter(1, pool.gather(1, least), APPROXIMATED)
+    for unit, limit in enumerate(limits.tolist()):
+        retained, approximated = paper_counts(scores.shape[1], (costs[0], costs[1]), limit)
+        pool = ranked[unit].topk(retained + approximated).indices
+        route[unit, pool] = RETAINED
+        route[unit, pool[error[unit, pool].argsort()[:approximated]]] = APPROXIMATED
+    return route
+
+
+def protected_tokens(
+    method: Method, limits: Int[Tensor, "layers kv_heads"], row: int, tokens: int
+) -> Bool[Tensor, " tokens"]:
+    """The first and last tokens that `method` always keeps, of so many; `row` is a token's bytes."""
+    first, last = method.protected(int(limits.sum()) // (limits.numel() * row), tokens)
+    at = torch.arange(tokens)
+    return (at < first) | (at >= tokens - last)

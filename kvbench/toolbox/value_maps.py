@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvbench.artefact import Calibration
 from kvbench.cache.codecs.from_key import token_features
-from kvbench.cache.rope import Angles, unrotate
+from kvbench.cache.rope import unrotate
 from kvbench.corpora import documents
 from kvbench.errors import UsageError
 from kvbench.measure.progress import Progress
@@ -124,9 +124,8 @@ class _Grams:
         token = token_features(self.network.embeddings, seen.token_ids[SINKS:])
         token = torch.cat([torch.ones_like(token[:, :1]), token], 1)
         self.token += (token.mT @ token).double()
-        angles = Angles(self.network.rope, seen.next_position)
         for layer, x in enumerate(seen.layers):
-            key = unrotate(x.key, *angles(x.position))
+            key = unrotate(x.key, *self.network.rope(x.position))
             both = torch.cat([key, x.value.float()])[:, SINKS:].transpose(0, 1).flatten(1).to(token.device)
             self.cross[layer] += (token.mT @ both).double()
             self.cache[layer] += (both.mT @ both).double()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,11 +19,16 @@ Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """A context that is attended to where it is stored: what codecs work out once, for all its layers and steps."""
+    """What codecs work out once for a context: for all its layers, and for all steps of attention over it."""
 
     token_ids: Int[Tensor, " tokens"]
     positions: int  # of its rows: below this
     tables: dict[Hashable, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, token_ids: Int[Tensor, " tokens"], positions: int, devices: Iterable[torch.device]) -> Contexts:
+        """One on each device."""
+        return {device: cls(token_ids.to(device), positions) for device in devices}
 
     def every_position(self) -> Int[Tensor, " positions"]:
         return torch.arange(self.positions, device=self.token_ids.device)
@@ -35,6 +40,9 @@ class Context:
         return self.tables[name]  # type: ignore[return-value]
 
 
+Contexts = dict[torch.device, Context]
+
+
 @dataclass(frozen=True)
 class Rows:
     """What a codec may know of the rows it stores. A value codec also sees their keys, as they will be decoded."""
@@ -43,7 +51,7 @@ class Rows:
     position: Int[Tensor, " rows"] | None = None  # where `needs_position`
     token: Int[Tensor, " rows"] | None = None  # the token ids, where `needs_token`
     key: Float[Tensor, "rows dim"] | None = None  # for value codecs
-    context: Context | None = None  # where they are attended to step by step; then `token` is left out
+    context: Context | None = None  # where what is asked is asked of many rows or often; then `token` is left out
 
 
 class Codec(ABC):
@@ -97,10 +105,14 @@ class Codec(ABC):
     def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
         """The rows as attention sees them, in the model's dtype `like`."""
 
-    def round_trip(self, x: Float[Tensor, "rows dim"], rows: Rows, like: torch.dtype) -> Float[Tensor, "rows dim"]:
-        """Rows as they would come back, were they all stored: what a router looks at before it decides."""
+    def squared_error(self, x: Float[Tensor, "rows dim"], rows: Rows) -> Float[Tensor, " rows"]:
+        """How far each row would come back from what it was, were all of them stored: what a router decides by.
+
+        In float32; an expectation where that is cheaper than to encode.
+        """
         fixed = self.fit(x, rows)
-        return self.decode(self.encode(x, rows, fixed), rows, fixed, like)
+        back = self.decode(self.encode(x, rows, fixed), rows, fixed, torch.float32)
+        return (back - x.float()).square().sum(-1)
 
     # -- attention over what is stored: exact up to rounding, without decoding where a codec can do better ---------
 

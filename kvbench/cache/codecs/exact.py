@@ -24,6 +24,9 @@ class Exact(Codec):
     def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
         return stored["x"].to(like)
 
+    def squared_error(self, x: Float[Tensor, "rows dim"], rows: Rows) -> Float[Tensor, " rows"]:
+        return x.new_zeros(len(x), dtype=torch.float32)
+
     def dot(
         self, query: Float[Tensor, "kv_heads new dim"], stored: Stored, rows: Rows, fixed: Stored
     ) -> Float[Tensor, "kv_heads new width"]:

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvbench.cache.codecs.base import Codec, Rows, Stored
-from kvbench.cache.layout import look_up
-from kvbench.cache.rope import unrotate
+from kvbench.cache.layout import Layout, look_up
+from kvbench.cache.rope import turn_back
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +55,8 @@ class FromKey(Codec):
     def _keys(self, rows: Rows) -> Float[Tensor, "heads width features"]:
         """The part of x that comes from keys, in float32: for each KV head, or once for all of them."""
         assert rows.key is not None
-        assert rows.position is not None
         layout = rows.layout
-        if layout.shared:  # the same positions in every head
-            key = unrotate(layout.pad(rows.key), *self.rope(rows.position[: layout.width]))
-        else:
-            key = layout.pad(unrotate(rows.key, *self.rope(rows.position)))
+        key = turn_back(layout.pad(rows.key).float(), *self._angles(rows))
         if not self.all_heads:
             return key
         if not layout.shared:
@@ -76,14 +72,11 @@ class FromKey(Codec):
 
     def _token_term(self, rows: Rows, weight: Tensor) -> Float[Tensor, "kv_heads width dim"]:
         """What the tokens' embeddings add to the estimates: computed once for each distinct token."""
-        assert self.embeddings is not None
-        assert rows.token is not None
-        layout = rows.layout
-        distinct, which = rows.token.unique(return_inverse=True)
-        terms = _for_all_heads(token_features(self.embeddings, distinct), weight)
-        if layout.shared:
-            return terms[:, which[: layout.width]]
-        return layout.pad(terms[layout.heads(which.device), which])
+        features, which = self._tokens(rows)
+        terms = _for_all_heads(features, weight)
+        if len(which) == 1:
+            return terms[:, which[0]]
+        return terms[torch.arange(len(terms), device=terms.device)[:, None], which]
 
     def predict(self, rows: Rows) -> Float[Tensor, "kv_heads width dim"]:
         """The estimate without the context's intercept, in float32."""
@@ -94,9 +87,19 @@ class FromKey(Codec):
     def fit(self, x: Float[Tensor, "rows dim"], rows: Rows) -> Stored:
         if not self.intercept:
             return {}
-        mask = rows.layout.mask(x.device)[..., None]
-        error = (rows.layout.pad(x).float() - self.predict(rows)) * mask
-        return {"intercept": (error.sum(1) / mask.sum(1).clamp(min=1)).to(x.dtype)}
+        return {"intercept": self._mean(rows.layout.pad(x).float() - self.predict(rows), rows.layout).to(x.dtype)}
+
+    def _mean(self, error: Float[Tensor, "kv_heads width dim"], layout: Layout) -> Float[Tensor, "kv_heads dim"]:
+        if layout.uniform:
+            return error.mean(1)
+        mask = layout.mask(error.device)[..., None]
+        return (error * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def squared_error(self, x: Float[Tensor, "rows dim"], rows: Rows) -> Float[Tensor, " rows"]:
+        error = rows.layout.pad(x).float() - self.predict(rows)
+        if self.intercept:
+            error = error - self._mean(error, rows.layout)[:, None]
+        return rows.layout.flatten(error.square().sum(-1))
 
     def encode(self, x: Float[Tensor, "rows dim"], rows: Rows, fixed: Stored) -> Stored:
         return {}
@@ -157,6 +160,12 @@ class FromKey(Codec):
         self, weights: Float[Tensor, "kv_heads new width"], rows: Rows
     ) -> Float[Tensor, "kv_heads new hidden"]:
         """weights @ the tokens' features: weights are added up for each distinct token first."""
+        features, which = self._tokens(rows)
+        sums = weights.new_zeros(*weights.shape[:2], len(features))
+        return sums.scatter_add_(-1, which[:, None].expand_as(weights), weights) @ features
+
+    def _tokens(self, rows: Rows) -> tuple[Float[Tensor, "distinct hidden"], Int[Tensor, "heads width"]]:
+        """The features of the distinct tokens, and which of them each row is of: for each KV head, or once."""
         assert self.embeddings is not None
         layout, context, embeddings = rows.layout, rows.context, self.embeddings
 
@@ -171,9 +180,7 @@ class FromKey(Codec):
             assert rows.position is not None
             features, which = context.once(("tokens", id(embeddings)), lambda: make(context.token_ids))
             which = which.index_select(0, rows.position[: layout.width] if layout.shared else rows.position)
-        which = which[None, : layout.width] if layout.shared else layout.pad(which)
-        sums = weights.new_zeros(*weights.shape[:2], len(features))
-        return sums.scatter_add_(-1, which[:, None].expand_as(weights), weights) @ features
+        return features, which[None, : layout.width] if layout.shared else layout.pad(which)
 
 
 def _for_all_heads(

@@ -46,23 +46,34 @@ class Quant(Codec):
         """(codes by block, as whole numbers in float32; minimum and step of each block)."""
         x = x.float()
         blocks = x.unflatten(0, (-1, self.tokens)).mT if self.tokens > 1 else x.unflatten(-1, self._blocks(x.shape[-1]))
-        low, high = blocks.aminmax(dim=-1, keepdim=True)
+        low, step = self._range(blocks)
+        codes = ((blocks - low[..., None].float()) / step[..., None].float()).round().clamp(0, 2**self.bits - 1)
+        return codes, low, step
+
+    def _range(self, blocks: Float[Tensor, "... width"]) -> tuple[Float[Tensor, ...], Float[Tensor, ...]]:
+        """(minimum, step) of each block."""
+        low, high = blocks.aminmax(dim=-1)
         top = torch.finfo(torch.float16).max
-        low16 = low.clamp(-top, top).half()
-        step = ((high - low16.float()) / (2**self.bits - 1)).clamp(min=2.0**-24, max=top).half()
-        codes = ((blocks - low16.float()) / step.float()).round().clamp(0, 2**self.bits - 1)
-        return codes, low16[..., 0], step[..., 0]
+        low = low.clamp(-top, top).half()
+        return low, ((high - low.float()) / (2**self.bits - 1)).clamp(min=2.0**-24, max=top).half()
 
     def decode(self, stored: Stored, rows: Rows, fixed: Stored, like: torch.dtype) -> Float[Tensor, "rows dim"]:
         codes = unpack(stored["codes"], self.bits).unflatten(-1, (stored["low"].shape[-1], -1))
-        return self._values(codes.float(), stored["low"], stored["step"], like)
-
-    def round_trip(self, x: Float[Tensor, "rows dim"], rows: Rows, like: torch.dtype) -> Float[Tensor, "rows dim"]:
-        return self._values(*self._codes(x), like)  # the codes need no packing
-
-    def _values(self, codes: Tensor, low: Tensor, step: Tensor, like: torch.dtype) -> Float[Tensor, "rows dim"]:
-        x = codes * step[..., None].float() + low[..., None].float()
+        x = codes.float() * stored["step"][..., None].float() + stored["low"][..., None].float()
         return (x.mT.flatten(0, 1) if self.tokens > 1 else x.flatten(-2)).to(like)
+
+    def squared_error(self, x: Float[Tensor, "rows dim"], rows: Rows) -> Float[Tensor, " rows"]:
+        if self.tokens > 1:
+            return super().squared_error(x, rows)
+        return self.expected(x).sum(-1) * self._blocks(x.shape[-1])[1]
+
+    def expected(self, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows blocks"]:
+        """The squared error to expect of a value in each block of channels.
+
+        Rounding is even within a step; a block's least and greatest value are on one.
+        """
+        blocks = x.float().unflatten(-1, self._blocks(x.shape[-1]))
+        return self._range(blocks)[1].float().square() / 12 * (1 - 2 / max(blocks.shape[-1], 2))
 
     def dot(
         self, query: Float[Tensor, "kv_heads new dim"], stored: Stored, rows: Rows, fixed: Stored

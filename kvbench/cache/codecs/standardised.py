@@ -50,9 +50,12 @@ class Standardised(Codec):
         mean, scale = self._of_rows(rows, fixed)
         return (self.inner.decode(stored, rows, {}, torch.float32) * scale + mean).to(like)
 
-    def round_trip(self, x: Float[Tensor, "rows dim"], rows: Rows, like: torch.dtype) -> Float[Tensor, "rows dim"]:
-        mean, scale = self._of_rows(rows, self.fit(x, rows))
-        return (self.inner.round_trip((x.float() - mean) / scale, rows, torch.float32) * scale + mean).to(like)
+    def squared_error(self, x: Float[Tensor, "rows dim"], rows: Rows) -> Float[Tensor, " rows"]:
+        mean, scale = (y.float()[:, None] for y in self.fit(x, rows).values())
+        layout = rows.layout
+        each = layout.pad(self.inner.expected(layout.flatten((layout.pad(x.float()) - mean) / scale)))
+        blocks = scale.square().unflatten(-1, (each.shape[-1], -1)).sum(-1)  # errors grow with their channel's scale
+        return layout.flatten((each * blocks).sum(-1))
 
     def dot(
         self, query: Float[Tensor, "kv_heads new dim"], stored: Stored, rows: Rows, fixed: Stored
