@@ -16,7 +16,8 @@ from report_data import HOSTILE, Drawn, write_cell, write_results
 
 from kvbench.errors import UsageError
 from kvbench.report.aggregate import aggregate
-from kvbench.report.latex import alike, escape, tables, write
+from kvbench.report.best import alike
+from kvbench.report.latex import escape, tables, write
 
 ALPHABET = "".join(map(chr, range(32, 127))) + "…éÅçžñüß中→ж😀\n\t\x00\x7f\u200b"
 NEEDS_LATEX = pytest.mark.skipif(

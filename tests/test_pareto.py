@@ -178,7 +178,7 @@ def test_what_is_unknown_or_ambiguous_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown metric 'scor'; known: score, answer_nll"):
         frontier.panels(TABLE, "scor")
     with pytest.raises(UsageError, match="no finished cell has score and ttft_s"):
-        frontier.panels(TABLE, x="ttft_s")
+        frontier.panels(TABLE.assign(ttft_s=math.nan), x="ttft_s")
     with pytest.raises(UsageError, match=r"unknown method in these results 'goo'; known: full, good, only, poor"):
         chosen(TABLE, methods=["goo"])
     with pytest.raises(

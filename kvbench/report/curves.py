@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -26,12 +21,14 @@ def curves(table: pd.DataFrame, window: int = 32) -> Figure:
     `table` has the rows of `kvbench.measure.along`; contexts are averaged.
     """
     mean = table.groupby(["method", "token"], sort=False)[list(PANELS)].mean()
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(4.2 * len(PANELS), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(PANELS), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(PANELS))
     for axis, (field, title) in zip(axes, PANELS.items(), strict=True):
         for i, (method, rows) in enumerate(mean.groupby(level="method", sort=False)):
             line = rows[field].droplevel("method")
             line = line / 2**20 if field.startswith("bytes") else line.rolling(window, min_periods=1).mean()
-            axis.plot(line, STROKES[i // len(COLOURS) % 4], color=COLOURS[i % len(COLOURS)], lw=1.2, label=method)
+            stroke = STROKES[i // len(COLOURS) % len(STROKES)]
+            axis.plot(line, stroke, color=COLOURS[i % len(COLOURS)], lw=1.2, label=method)
         axis.set_xlabel("token of the answer")
         axis.set_title(title, fontsize=9)
         axis.set_yscale("linear" if field.startswith("bytes") else "log")

@@ -16,7 +16,7 @@ from scipy import stats
 from kvbench.errors import UsageError
 from kvbench.plugins import known
 from kvbench.report.names import short
-from kvbench.report.tidy import RANGE, RUN, SETTING, alone
+from kvbench.report.tidy import RANGE, RUN, SETTING, alone, finished
 
 # Column -> what it is called, and what a unit of it is.
 COSTS = {
@@ -126,11 +126,12 @@ def panels(
     known("metric", metric, QUALITIES)
     known("x", x, COSTS)
     rows = table[table["metric"] == metric]
-    if x not in rows or not _usable(rows, x).any():
+    rows = rows.assign(usable=finished(rows) & (rows[x] > 0))
+    if not rows["usable"].any():
         raise UsageError(f"no finished cell has {metric} and {x}")
     found = []
     for _, run in rows.groupby(list(RUN), sort=True):
-        tasks = [part for _, part in run.groupby(["task", "generate"], sort=True) if _usable(part, x).any()]
+        tasks = [part for _, part in run.groupby(["task", "generate"], sort=True) if part["usable"].any()]
         found += [_panel(part, x, reference) for part in tasks]
         # A task that was run with answers and without is one task: the one with answers, which comes last.
         once = {part["task"].iloc[0]: part for part in tasks}
@@ -144,14 +145,12 @@ def average(tasks: Sequence[pd.DataFrame], x: str) -> pd.DataFrame:
 
     Tasks weigh the same, and count as independent: the squared half-widths of their intervals add up.
     """
-    rows = pd.concat([part[_usable(part, x)] for part in tasks])
-    by = rows.groupby(["method", "method_name", "budget"], sort=True)
-    every = by["task"].transform("count") == len(tasks)
+    rows = pd.concat([part[part["usable"]] for part in tasks])
+    cell = ["method", "method_name", "budget"]
+    every = rows.groupby(cell)["task"].transform("count") == len(tasks)
     squares = {"low": (rows["mean"] - rows["low"]) ** 2, "high": (rows["high"] - rows["mean"]) ** 2}
-    by = rows.assign(**squares)[every].groupby(["method", "method_name", "budget"], sort=True)
-    found = by.agg(
-        {"mean": "mean", x: "mean", "low": "sum", "high": "sum", "n": "sum", "clusters": "sum"}
-    ).reset_index()
+    by = rows.assign(**squares)[every].groupby(cell, sort=True, as_index=False)
+    found = by.agg({"mean": "mean", x: "mean", "low": "sum", "high": "sum", "n": "sum", "clusters": "sum"})
     found["low"] = found["mean"] - np.sqrt(found["low"]) / len(tasks)
     found["high"] = found["mean"] + np.sqrt(found["high"]) / len(tasks)
     for key in (*RUN, "metric", "better"):
@@ -161,13 +160,10 @@ def average(tasks: Sequence[pd.DataFrame], x: str) -> pd.DataFrame:
         task_name="mean",
         generate=True,
         status="done",
+        usable=True,
         others=int((~every).sum()),
         folder="",
     )
-
-
-def _usable(rows: pd.DataFrame, x: str) -> pd.Series:
-    return rows["status"].eq("done") & rows["mean"].notna() & rows[x].gt(0)
 
 
 def _panel(rows: pd.DataFrame, x: str, reference: tuple[float, float] | None) -> Panel | None:
@@ -175,10 +171,9 @@ def _panel(rows: pd.DataFrame, x: str, reference: tuple[float, float] | None) ->
         return None
     about = rows.iloc[0]
     alone(rows)
-    usable = _usable(rows, x)
     sign = 1 if about["better"] == "higher" else -1
     ends = ["low", "high"] if sign > 0 else ["high", "low"]
-    points = rows[usable].assign(
+    points = rows[rows["usable"]].assign(
         cost=rows[x] / COSTS[x][1], quality=sign * rows["mean"], low=sign * rows[ends[0]], high=sign * rows[ends[1]]
     )
     full = points[points["method_name"] == "full"]
@@ -192,7 +187,7 @@ def _panel(rows: pd.DataFrame, x: str, reference: tuple[float, float] | None) ->
     # Budgets are met to a part in a thousand: to be that much cheaper is no merit.
     first = frontier(points["cost"].to_numpy(float), points["quality"].to_numpy(float), alike=0.01)
     points["on_frontier"] = first & (points["cost"] < reference[0]) & (points["quality"] > reference[1])
-    left = rows.loc[~usable, "status"].replace("done", f"without {x}").value_counts()
+    left = rows.loc[~rows["usable"], "status"].replace("done", f"without {x}").value_counts()
     return Panel(
         title=_title(points),
         metric=str(about["metric"]),

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -38,15 +33,10 @@ def heatmap(table: pd.DataFrame, field: str = "score", bins: int = 5) -> Figure:
     names = sorted(table["cell"].unique())
     lengths = sorted(table["context"].unique())
     columns = min(3, len(names))
-    figure, axes = plt.subplots(
-        -(-len(names) // columns),
-        columns,
-        figsize=(max(2.6, 0.8 * len(lengths) + 1.4) * columns, 2.6 * -(-len(names) // columns)),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
+    rows = -(-len(names) // columns)
+    size = (max(2.6, 0.8 * len(lengths) + 1.4) * columns, 2.6 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     low, high = (0, 1) if field == "score" else (table[field].min(), table[field].max())
     for axis, name in zip(axes.flat, names, strict=False):
         part = table[table["cell"] == name]
@@ -57,23 +47,18 @@ def heatmap(table: pd.DataFrame, field: str = "score", bins: int = 5) -> Figure:
             for what in ("mean", "count")
         )
         image = axis.imshow(mean, vmin=low, vmax=high, cmap="viridis", aspect="auto")
-        for (i, j), value in _each(mean):
+        for (i, j), value in np.ndenumerate(mean):
             if count[i, j] > 0:
                 dark = (value - low) / max(high - low, 1e-9) < 0.6
                 text = f"{value:.2f}\n(n={count[i, j]:.0f})"
                 axis.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
         axis.set_title(name, fontsize=8)
         axis.set_xticks(range(len(lengths)), [str(length) for length in lengths], fontsize=7)
-        axis.set_yticks(
-            range(bins), [f"{100 * i / bins:.0f}-{100 * (i + 1) / bins:.0f} %" for i in range(bins)], fontsize=7
-        )
+        depths = [f"{100 * i / bins:.0f}-{100 * (i + 1) / bins:.0f} %" for i in range(bins)]
+        axis.set_yticks(range(bins), depths, fontsize=7)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     figure.supxlabel("context (tokens)", fontsize=8)
     figure.supylabel("depth of the needle", fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.8, label=field)
     return figure
-
-
-def _each(grid: Iterable[Iterable[float]]) -> Iterable[tuple[tuple[int, int], float]]:
-    return (((i, j), value) for i, row in enumerate(grid) for j, value in enumerate(row))

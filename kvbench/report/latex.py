@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,11 +20,9 @@ import pandas as pd
 from kvbench.cell import slug
 from kvbench.errors import UsageError
 from kvbench.plugins import known
+from kvbench.report.best import Column, Row, compared, values
 from kvbench.report.names import file_names, short
-from kvbench.report.records import sub_task
-from kvbench.report.statistics import Clusters, intervals
-from kvbench.report.tidy import RANGE, RUN, SETTING, alone, budget_order
-from kvbench.store import read_cell
+from kvbench.report.tidy import RUN, SETTING, alone, budget_order, finished
 
 METRICS = {
     "score": "Score",
@@ -84,77 +81,6 @@ def _character(one: str) -> str:
     return rf"{{\ttfamily U+{ord(one):04X}}}"
 
 
-# -- which cells are best, and which can't be told from them --
-
-
-Row = dict[Any, Any]  # of the tidy table
-
-
-@dataclass(frozen=True)
-class Column:
-    """Cells that are compared: one for each method, asked the same examples."""
-
-    title: str
-    cells: dict[str, Row]  # by method; the full cache is not among them
-    full: Row | None
-    best: frozenset[str]  # methods
-    near: frozenset[str]
-
-
-Read = Callable[[str], pd.DataFrame]  # a cell's folder -> its examples
-
-
-def column(title: str, rows: pd.DataFrame, read: Read) -> Column:
-    """`rows` of the tidy table, one metric, as a column: with what is best, and what can't be told from it."""
-    cells = {row["method"]: row for row in rows[rows["method_name"] != "full"].to_dict("records")}
-    fulls = rows[(rows["method_name"] == "full") & _ended(rows)].to_dict("records")
-    means = {name: row["mean"] for name, row in cells.items() if row["status"] == "done" and not np.isnan(row["mean"])}
-    best: set[str] = set()
-    near: set[str] = set()
-    if means:
-        first = cells[next(iter(means))]
-        top = (max if first["better"] == "higher" else min)(means.values())
-        best = {name for name, mean in means.items() if mean == top}
-        theirs, widest = read(cells[min(best)]["folder"]), RANGE[first["metric"]][1]
-        near = alike({name: read(cells[name]["folder"]) for name in means.keys() - best}, theirs, widest)
-    return Column(title, cells, fulls[0] if fulls else None, frozenset(best), frozenset(near))
-
-
-def _ended(rows: pd.DataFrame) -> pd.Series:
-    return rows["status"].eq("done") & rows["mean"].notna()
-
-
-def alike(others: Mapping[str, pd.DataFrame], best: pd.DataFrame, widest: float) -> set[str]:
-    """The cells whose paired difference from the best has an interval that contains 0, or too few documents for one.
-
-    `widest` is how far two values can be apart.
-    """
-    same: dict[tuple[str, ...], list[str]] = {}  # cells that share the same examples with the best
-    for name, cell in others.items():
-        same.setdefault(tuple(best.index.intersection(cell.index, sort=False)), []).append(name)
-    found = set()
-    for ids, names in same.items():
-        if ids:
-            theirs = best.loc[list(ids)]
-            differences = [others[name].loc[list(ids), "value"] - theirs["value"] for name in names]
-            clusters = Clusters(list(theirs["cluster"]), list(theirs["sub_task"]))
-            matrix, rng = np.stack(differences, axis=1).astype(float), np.random.default_rng(0)
-            each = intervals(matrix, clusters, rng, bounds=(-widest, widest))
-            found |= {name for name, one in zip(names, each, strict=True) if not (one.low > 0 or one.high < 0)}
-    return found
-
-
-def values(folder: Path, metric: str) -> pd.DataFrame:
-    """The examples of a cell: value, cluster and sub-task, by id."""
-    _, records = read_cell(folder)
-    rows = [
-        (record["id"], record[metric], record["cluster_id"], sub_task(record["info"]))
-        for record in records
-        if record.get(metric) is not None
-    ]
-    return pd.DataFrame(rows, columns=["id", "value", "cluster", "sub_task"]).set_index("id")
-
-
 # -- tables --
 
 
@@ -176,7 +102,7 @@ def tables(table: pd.DataFrame, results: Path, metric: str = "score") -> list[Ta
     settings = [part for _, part in rows.groupby(list(SETTING), sort=True)]
     found = []
     for name, part in zip(file_names([part.iloc[0] for part in settings]), settings, strict=True):
-        columns = [column(f"budget {budget}", _at(part, budget), read) for budget in _budgets(part)]
+        columns = [compared(f"budget {budget}", _at(part, budget), read) for budget in _budgets(part)]
         what = f"on {part['task'].iloc[0]}, protocol {part['protocol'].iloc[0]}, model {part['model'].iloc[0]}"
         found += _tables(f"{name}-{metric}", what, columns, each=True)
     varied = [key for key in RUN if rows[key].nunique() > 1 or key == "protocol"]
@@ -187,7 +113,7 @@ def tables(table: pd.DataFrame, results: Path, metric: str = "score") -> list[Ta
         tasks = [part for _, part in run.groupby(["task", "generate"], sort=True)]
         for budget in _budgets(run):
             parts = [part for part in (_at(part, budget) for part in tasks) if (part["budget"] == budget).any()]
-            columns = [column(str(part["task"].iloc[0]), part, read) for part in parts]
+            columns = [compared(str(part["task"].iloc[0]), part, read) for part in parts]
             what = f"by task at budget {budget}, protocol {about['protocol']}, model {about['model']}"
             name = "-".join(["tasks", *(slug(str(about[key])) for key in varied), slug(budget)])
             found += _tables(f"{name}-{metric}", what, columns, each=False)
@@ -215,7 +141,7 @@ def _tables(name: str, what: str, columns: Sequence[Column], each: bool) -> list
         cells = _rows(some)
         order = cells.drop_duplicates("method").sort_values(["family", "method"])[["family", "method"]]
         parts = [order.iloc[i : i + LINES] for i in range(0, len(order), LINES)]
-        blocks += [(some, part) for part in parts if _ended(cells[cells["method"].isin(part["method"])]).any()]
+        blocks += [(some, part) for part in parts if finished(cells[cells["method"].isin(part["method"])]).any()]
     found = []
     for i, (some, rows) in enumerate(blocks):
         part = f" (part {i + 1} of {len(blocks)})" if len(blocks) > 1 else ""

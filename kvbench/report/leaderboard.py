@@ -22,7 +22,8 @@ from markupsafe import Markup
 
 from kvbench.report.aggregate import aggregate
 from kvbench.report.remake import command
-from kvbench.report.tidy import SETTING
+from kvbench.report.table import machine
+from kvbench.report.tidy import BYTES, OWN, SECONDS, SETTING
 from kvbench.store import EXAMPLES, HEADER, SOLO, read_solo
 
 #: metric -> how the page calls it, and its unit
@@ -36,9 +37,7 @@ METRICS = {
 OF_CELL = (
     *("cell", "folder", "method", "method_name", "family", "trust", "query_aware", "budget", "task", "model"),
     *("protocol", "seed", "generate", "status", "reason", "tiers"),
-    *("bytes_held", "bytes_full", "share", "bytes_shared", "bytes_read", "bytes_offloaded"),
-    *("tokens_kept", "tokens_context", "prefill_s", "compress_s", "ttft_s", "tpot_s", "joules_token"),
-    *("own_ratio", "own_ratio_low", "own_ratio_high"),
+    *(*BYTES[:2], "share", *BYTES[2:], *SECONDS, *OWN),
 )
 OF_METRIC = (
     *("n", "clusters", "mean", "low", "high", "median", "interval", "vs_full", "vs_full_low", "vs_full_high"),
@@ -65,9 +64,9 @@ def payload(table: pd.DataFrame, results: Path, baseline: str, examples: int, ch
         "cells": [],
     }
     present = table.loc[table["mean"].notna()].groupby("metric")["better"].first()
-    for name in [name for name in METRICS if name in present] + sorted(set(present.index) - set(METRICS)):
-        label, unit = METRICS.get(name, (name, ""))
-        found["metrics"].append({"name": name, "label": label, "unit": unit, "better": present[name]})
+    for name, (label, unit) in METRICS.items():
+        if name in present:
+            found["metrics"].append({"name": name, "label": label, "unit": unit, "better": present[name]})
     processes: dict[str, int] = {}
     by_cell: dict[str, list[dict[str, Any]]] = {}
     for row in table.to_dict("records"):
@@ -165,10 +164,9 @@ def _solo(folder: Path) -> dict[str, Any] | None:
     if not (folder / SOLO).exists():
         return None
     found = read_solo(folder)
-    hardware = found["process"]["hardware"]
     return {
         "path": found["path"],
-        "machine": hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"],
+        "machine": machine(found["process"]["hardware"]),
         "own_s": _plain(found["own_s"]),
         "own_full_s": _plain(found["own_full_s"]),
     }

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from kvbench import plugins
-from kvbench.report.table import described
+from kvbench.report.table import described, machine
 from kvbench.report.tidy import BETTER, BYTES, ENDED, OWN, SECONDS
 from kvbench.store import SOLO, read_cell, read_solo
 
@@ -139,7 +139,7 @@ def _provenance(header: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     segments = [one for one in header["segments"] if one["first_example"] is not None] or header["segments"][-1:]
     commits = list(dict.fromkeys(one["commit"] for one in segments))
     versions = list(dict.fromkeys(json.dumps(one["versions"], sort_keys=True) for one in segments))
-    machines = list(dict.fromkeys(_machine(one["hardware"]) for one in segments))
+    machines = list(dict.fromkeys(machine(one["hardware"]) for one in segments))
     dirty = any(one["dirty"] for one in segments)
     marks = {
         "dirty commit": dirty,
@@ -155,8 +155,3 @@ def _provenance(header: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "hardware": ", ".join(machines),
     }
     return found, [text for text, holds in marks.items() if holds]
-
-
-def _machine(hardware: Mapping[str, Any]) -> str:
-    device = hardware.get("device", "cpu")
-    return str(hardware["cpu"] if device == "cpu" else device)

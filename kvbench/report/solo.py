@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from kvbench.report.table import machine
+from kvbench.report.terminal import terminal
 from kvbench.store import SOLO, read_solo
 
 COLUMNS = (
@@ -39,29 +40,21 @@ def row(record: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _machine(record: dict[str, Any]) -> str:
-    hardware = record["process"]["hardware"]
-    return hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"]
-
-
 def print_solo(folders: Sequence[Path], new: int) -> None:
     """Prints what was measured of cells, and where it is kept."""
     records = [read_solo(folder) for folder in folders]
     if not records:
         return
     first = records[0]
-    machine = f"{_machine(first)}, threads: {first['threads']}, {first['steps']} steps in turn"
-    name = (
-        f"{first['identity']['task']['name']}, {first['tokens_context']:,} tokens, {first['identity']['model']['name']}"
-    )
-    table = Table(title=f"Own time of caches: {name}; {machine}", title_justify="left")
+    task, model = first["identity"]["task"]["name"], first["identity"]["model"]["name"]
+    where = f"{machine(first['process']['hardware'])}, threads: {first['threads']}, {first['steps']} steps in turn"
+    title = f"Own time of caches: {task}, {first['tokens_context']:,} tokens, {model}; {where}"
+    table = Table(title=title, title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("method", "path") else "right")
     for record in records:
         table.add_row(*row(record))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 190
+    console = terminal(190)
     console.print(table)
     if any(record["path"] == "decoded" for record in records):
         console.print("decoded: methods that act in time have no fast path; they attend over decoded rows.")

@@ -18,7 +18,7 @@ from scipy.optimize import isotonic_regression
 
 from kvbench.errors import UsageError
 
-COLUMN, PAGE = 3.3, 6.9  # inches: one column, and the width of the text
+COLUMN = 3.3  # inches
 GREY, INK = "#999999", "#000000"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", INK)  # colour-blind safe
 STYLE: dict[Any, Any] = {

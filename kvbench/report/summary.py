@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from kvbench import plugins
 from kvbench.list import axis
+from kvbench.report.terminal import terminal
 from kvbench.store import read_cell
 
 COLUMNS = {
@@ -64,9 +64,7 @@ def print_summary(folders: Sequence[Path], new: int) -> None:
         table.add_column(name, justify="left" if name in left else "right")
     for row in rows:
         table.add_row(*(row.get(name, "") for name in names))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
+    console = terminal(160)
     console.print(table)
     done = "" if new else "nothing to do: these records are complete (redo=true makes them again). "
     where = ", ".join(map(str, folders)) if len(folders) <= 4 else f"{folders[0].parent}/ ({len(folders)} cells)"

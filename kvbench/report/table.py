@@ -57,3 +57,9 @@ def described(header: dict[str, Any]) -> dict[str, Any]:
         "seed": identity["seed"],
         "cell": header["digest"],
     }
+
+
+def machine(hardware: Mapping[str, Any]) -> str:
+    """What a process ran on, as tables name it."""
+    device = hardware.get("device", "cpu")
+    return hardware["cpu"] if device == "cpu" else device

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from kvbench.budget import Budget
 from kvbench.errors import UsageError
 from kvbench.plugins import known
+from kvbench.report.terminal import terminal
 
 BETTER: dict[str, Literal["higher", "lower"]] = {
     "score": "higher",
@@ -40,7 +40,7 @@ COLUMNS = (
     *("vs_full", "vs_full_low", "vs_full_high", "n_full"),
     *("baseline", "vs_baseline", "vs_baseline_low", "vs_baseline_high", "n_baseline"),
     *("p", "test", "p_adjusted", "adjust", "declared", "flips", "win", "tie", "loss", "smallest_difference"),
-    *("bytes_held", "bytes_full", "share", *BYTES[2:], "tiers", *SECONDS, *OWN),
+    *(*BYTES[:2], "share", *BYTES[2:], "tiers", *SECONDS, *OWN),
     *("commit", "dirty", "version", "weights", "data", "hardware", "marks"),
 )
 SETTING = ("model", "protocol", "seed", "task", "generate")  # cells that differ in method and budget only share it
@@ -58,6 +58,11 @@ def chosen(table: pd.DataFrame, tasks: Sequence[str] = (), methods: Sequence[str
     if methods:
         table = table[table["method"].isin(methods) | table["method_name"].isin([*methods, "full"])]
     return table
+
+
+def finished(rows: pd.DataFrame) -> pd.Series:
+    """Which rows have all of their examples."""
+    return rows["status"].eq("done") & rows["mean"].notna()
 
 
 def alone(rows: pd.DataFrame) -> None:
@@ -110,9 +115,7 @@ def print_table(table: pd.DataFrame, rows: int = 40) -> None:
         texts.append(f"{row['win']}/{row['tie']}/{row['loss']}" if tested else "")
         texts.append(row["marks"] if row["status"] in ENDED else f"{row['status']}: {row['reason']}")
         shown.add_row(*map(escape, texts))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 190
+    console = terminal(190)
     console.print(shown)
     rest = f", {len(main) - rows} of them not shown" if len(main) > rows else ""
     commits = table["commit"].nunique()
