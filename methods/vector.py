@@ -59,6 +59,7 @@ class Vector(Wrapper):
     texts: tuple[str, ...] = CALIBRATION_TEXTS
     calibration_tokens: int = 32768
     calibration_draw: int = 0
+    ridge: float = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +74,7 @@ class Vector(Wrapper):
 
     @property
     def value_maps(self) -> ValueMaps:
-        return ValueMaps(self.texts, self.calibration_tokens, draw=self.calibration_draw)
+        return ValueMaps(self.texts, self.calibration_tokens, ridge=self.ridge, draw=self.calibration_draw)
 
     @property
     def calibrations(self) -> frozenset[Calibration]:
