@@ -84,7 +84,7 @@ class Vector(Wrapper):
         if budget.limit >= sum(x.key.nbytes + x.value.nbytes for x in seen.layers):
             return keep_all(seen)
         retained = tuple(map(tier, self.retain))
-        tiers = [(*retained, self._approximate(seen, i)) for i in range(len(seen.layers))]
+        tiers = [(*retained, self.approximate(seen, i)) for i in range(len(seen.layers))]
         costs, limit = self._costs(seen, budget, tiers[0])
         scores = [self.scores(seen, i) for i in range(len(seen.layers))]
         row = max(budget.charged(*one.row_bytes(seen.dim, seen.dtype)) for one in retained)
@@ -118,7 +118,7 @@ class Vector(Wrapper):
             each = kept(x, tiers, contexts)
         return each.mean(-2, keepdim=True) if self.maps is Maps.layer else each
 
-    def _approximate(self, seen: Seen, layer: int) -> Tier:
+    def approximate(self, seen: Seen, layer: int) -> Tier:
         """The tier of a layer's approximated tokens."""
         name = f"{self.features.name}.{self.maps.name}.{layer}"
         maps, device = seen.artefacts[self.value_maps], seen.layers[layer].key.device
