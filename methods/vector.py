@@ -38,8 +38,9 @@ class Vector(Wrapper):
     `maps=layer` all heads of a layer route together, since the map reads every head's key. Ours, and named so:
     `router=utility` (importance x reconstructability per byte), `features=key_token` (the token's embedding helps to
     estimate its value), `intercept` (the mean error of a context, held with it), `key_bits=4` (keys of approximated
-    tokens), `retain` (how tokens are retained: in any of some tiers) and `one_price` (a byte is worth the same in all
-    layers and KV heads, whatever rows the base gives them); see method=tiered. Maps are fitted on
+    tokens), `retain` (how tokens are retained: in any of some tiers), `one_price` (a byte is worth the same in all
+    layers and KV heads, whatever rows the base gives them) and `power` (importance is the score to this power: below 1
+    tokens differ less, and more of them are held in fewer bits); see method=tiered. Maps are fitted on
     `texts`, disjoint from every task, on first use (`calibration_draw`: in another order of the documents); they are
     shared by all contexts and reported as `bytes_shared`.
     """
@@ -56,6 +57,7 @@ class Vector(Wrapper):
     key_bits: int = 16
     retain: tuple[str, ...] = ("exact",)
     one_price: bool = False
+    power: float = 1.0
     texts: tuple[str, ...] = CALIBRATION_TEXTS
     calibration_tokens: int = 32768
     calibration_draw: int = 0
@@ -69,6 +71,8 @@ class Vector(Wrapper):
             raise UsageError(f"method.retain={list(self.retain)}: name each tier once, and one at least")
         for name in self.retain:
             tier(name)
+        if self.power <= 0:
+            raise UsageError(f"method.power={self.power:g} turns importance round: give more than 0")
         if self.router is Router.paper and (len(self.retain) > 1 or self.one_price):
             raise UsageError("method.router=paper knows neither several tiers in method.retain nor method.one_price")
 
@@ -95,7 +99,7 @@ class Vector(Wrapper):
         contexts = Context.of(seen.token_ids, seen.next_position, seen.network.devices)
         judged = [self._judge(x, some, contexts) for x, some in zip(seen.layers, tiers, strict=True)]
         if self.router is Router.utility:
-            scores = [as_mass(score, self.scale) for score in scores]
+            scores = [as_mass(score, self.scale) ** self.power for score in scores]
         if self.one_price:
             routes = one_price_route(seen.network.gather(scores), seen.network.gather(judged), costs, limits, protected)
         else:

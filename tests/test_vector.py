@@ -209,6 +209,20 @@ class TestValueMaps:
         assert min(scores["key_token.head"][0]) > 0.95
 
 
+@pytest.mark.usefixtures("own_cache", "corpora")
+def test_a_smaller_power_holds_more_tokens_in_fewer_bits(tiny: Model) -> None:
+    counts = []
+    for power in (1.0, 0.25):
+        method = plugins.build_method("vector", base="tova", key_bits=4, retain=("int8", "int4"), power=power)
+        routes = torch.stack([layer.route for layer in plan_at(method, seen_by(tiny, method), "0.2").layers])
+        counts.append([int((routes == tier).sum()) for tier in range(3)])
+    (eight, *_), (fewer, *_) = counts
+    assert fewer < eight
+    assert sum(counts[1]) > sum(counts[0])
+    with pytest.raises(UsageError, match="turns importance round"):
+        plugins.build_method("vector", power=0)
+
+
 def test_a_base_that_scores_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="scores no tokens"):
         plugins.build_method("vector", base="full")
