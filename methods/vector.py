@@ -73,8 +73,8 @@ class Vector(Wrapper):
             tier(name)
         if self.power <= 0:
             raise UsageError(f"method.power={self.power:g} turns importance round: give more than 0")
-        if self.router is Router.paper and (len(self.retain) > 1 or self.one_price):
-            raise UsageError("method.router=paper knows neither several tiers in method.retain nor method.one_price")
+        if self.router is Router.paper and (len(self.retain) > 1 or self.one_price or self.power != 1):
+            raise UsageError("method.router=paper knows no method.one_price, method.power or several method.retain")
 
     @property
     def value_maps(self) -> ValueMaps:
