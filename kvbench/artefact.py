@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -65,16 +66,23 @@ def location(calibration: Calibration, model: Model) -> Path:
 
 
 def load_or_fit(calibration: Calibration, model: Model) -> Artefact:
-    """The kept artefact; fitted first if there is none."""
+    """The kept artefact; fitted first if there is none. Processes that want the same one fit it once."""
     file = location(calibration, model)
     if not file.exists():
-        tensors, about = calibration.fit(model)
-        header = {"format": _FORMAT, "model": model.identity, **calibration.identity(), **about}
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {"kvbench": json.dumps(header)})
-        os.replace(partial, file)
+        with file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                _fit(calibration, model, file)
     return load(file, model)
+
+
+def _fit(calibration: Calibration, model: Model, file: Path) -> None:
+    tensors, about = calibration.fit(model)
+    header = {"format": _FORMAT, "model": model.identity, **calibration.identity(), **about}
+    partial = file.with_suffix(f".{os.getpid()}.tmp")
+    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {"kvbench": json.dumps(header)})
+    os.replace(partial, file)
 
 
 def load(file: Path, model: Model) -> Artefact:
