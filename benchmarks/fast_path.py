@@ -18,7 +18,16 @@ from pathlib import Path
 
 from common import HERE, LABEL, machine, table
 
-CELLS = ("full:1", "snapkv:0.1", "adakv:0.1", "snapkv_4bit:0.1", "vector:0.1", "vector_paper:0.1", "kivi:0.35")
+CELLS = (
+    "full:1",
+    "snapkv:0.1",
+    "adakv:0.1",
+    "snapkv_4bit:0.1",
+    "vector:0.1",
+    "vector_paper:0.1",
+    "tiered:0.1",
+    "kivi:0.35",
+)
 GOALS = {"snapkv": 0.25, "vector": 1.0, "snapkv_4bit": 1.0}
 
 
