@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import kvbench
+from kvbench import experiment
 from kvbench.config import convert
 from kvbench.report.published import load
 from kvbench.run import main
@@ -74,8 +75,15 @@ def test_tests_are_there(command):
     assert words == [str(file.relative_to(ROOT)) for file in files] + (["-k", chosen] if "-k" in words else [])
 
 
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "kvbench.experiment " in command])
+def test_studies_are_there(command, capsys):
+    words = [word for word in shlex.split(command)[3:] if word not in ("--jobs", "2")]
+    assert experiment.main([*words, "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
 def test_every_command_is_checked():
-    kinds = (r"make \w", r"python \w+/\w+\.py", r"python -m kvbench\.run ", r"python -m pytest tests/")
+    kinds = (r"make \w", r"python \w+/\w+\.py", r"python -m kvbench\.(run|experiment) ", r"python -m pytest tests/")
     assert all(any(re.match(kind, command) for kind in kinds) for command in COMMANDS)
 
 
