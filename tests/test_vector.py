@@ -185,9 +185,9 @@ class TestValueMaps:
         solved = torch.linalg.lstsq(torch.cat([x, ones], -1), y).solution
         torch.testing.assert_close(tensors["key.head.1.weight"].double(), solved[:, :-1], atol=2e-2, rtol=2e-2)
         assert set(about["held_out_r2"]) == {f"{f.name}.{m.name}" for f, m in VARIANTS}
-        other = replace(calibration, draw=1).fit(tiny)
-        assert other[1]["text_sha256"] != about["text_sha256"]
-        assert replace(calibration, draw=1).fit(tiny)[1]["text_sha256"] == other[1]["text_sha256"]
+        draws = [replace(calibration, draw=draw).fit(tiny)[1]["text_sha256"] for draw in (1, 2, 3, 1)]
+        assert len({about["text_sha256"], *draws}) > 1  # few documents: two orders may begin alike
+        assert draws[0] == draws[-1]
 
     def test_kept_and_refused_for_another_model(self, tiny: Model, tmp_path: Path, corpora: None) -> None:
         calibration = ValueMaps(("pydoc",), tokens=1024, sequence=256)
