@@ -14,7 +14,7 @@ from torch import Tensor
 from kvbench.cache.fork import Fork, Usage
 from kvbench.cache.packed import CompressedCache
 from kvbench.cell import Cell
-from kvbench.decode import Branch, feed, follow, greedy
+from kvbench.decode import Branch, feed, follow, follow_each, greedy
 from kvbench.errors import UsageError
 from kvbench.method import Axis, Base, Method
 from kvbench.model import Model
@@ -88,14 +88,10 @@ class _Conversations:
         self._start = Fork(cache, method)  # its rows are decoded once, for all questions
         self._after: dict[str, Fork] = {}
 
-    def ask(
-        self, turn: Turn, continuations: Sequence[Sequence[int]] = ()
-    ) -> tuple[Fork, Float[Tensor, " vocabulary"], list[Branch]]:
-        """A fork that has read the question, the logits of the answer's first token, and given continuations."""
+    def fork(self, turn: Turn) -> Fork:
+        """A fork that has read all that goes before a turn's question."""
         before = turn.example.follows
-        fork = (self._after[before] if before else self._start).fork()
-        fed = torch.tensor(turn.fed, device=self._model.network.device)
-        return fork, *follow(self._model.network, fork, fed, continuations)
+        return (self._after[before] if before else self._start).fork()
 
     def remember(self, example: Example, fork: Fork, answer: Sequence[int]) -> None:
         """Puts the answer (or what the task has for it) into the history of the turns to come."""
@@ -114,12 +110,15 @@ def ask_full(model: Model, full: CompressedCache, unit: Unit) -> dict[str, FullA
     talk = _Conversations(model, full, Method(), unit)
     found = {}
     for turn in unit.turns:
-        fork, first, _ = talk.ask(turn)
+        fed = torch.tensor(turn.fed, device=model.network.device)
+        fork = talk.fork(turn)
+        first, _ = follow(model.network, fork, fed, ())
         [ids] = greedy(
             model.network, [fork], first[None], ended_by(model, turn.example.stop), turn.example.max_new_tokens
         )
         # Asked again with the continuations that every cell is asked for: the same pass, so rounded the same way.
-        fork, _, branches = talk.ask(turn, _continuations(model, turn.example, ids))
+        fork = talk.fork(turn)
+        _, branches = follow(model.network, fork, fed, _continuations(model, turn.example, ids))
         found[turn.example.id] = FullAnswer(tuple(ids), _logprobs(branches[1]))
         talk.remember(turn.example, fork, ids)
     return found
@@ -145,16 +144,19 @@ def answers(
 ) -> Iterator[tuple[int, Example, dict[str, Any]]]:
     """What each cell's cache (by its place in `asked`) makes of each example that the cell lacks: its part of a record.
 
-    The cells' free answers to a question advance together; all else is done cell by cell.
+    The cells' free answers to a question advance together, and so do those that read it token by token.
     """
     talks = [_Conversations(model, one.cache, one.cell.method, unit) for one in asked]
     for turn in unit.turns:
         example = turn.example
         listening = [i for i, one in enumerate(asked) if example.id not in one.done or example.id in unit.followed]
         continuations = _continuations(model, example, full[example.id].ids)
-        forks, firsts, records = {}, {}, {}
-        for i in listening:
-            forks[i], firsts[i], branches = talks[i].ask(turn, continuations)
+        fed = torch.tensor(turn.fed, device=model.network.device)
+        forks = {i: talks[i].fork(turn) for i in listening}
+        followed = follow_each(model.network, list(forks.values()), fed, continuations, model.rows)
+        firsts, records = {}, {}
+        for i, (first, branches) in zip(listening, followed, strict=True):
+            firsts[i] = first
             logprobs = [_logprobs(branch) for branch in branches]
             records[i] = _fidelity(continuations[0], logprobs[0], full[example.id], logprobs[1])
             records[i] |= {"bytes_tail": forks[i].tail_bytes} | usage_fields(branches[1].usage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -82,8 +82,7 @@ def follow(
     fed = [branch[:-1] for branch in branches]
     extra = sum(map(len, fed))
     if fork.one_by_one or fork.tiered or extra > BLOCK:
-        first = feed(network, [fork], ids[None], last_only=True)[0, -1]
-        return first, [_branch(network, fork.fork(), ids.new_tensor(part), first) for part in fed]
+        return next(_follow_apart(network, [fork], ids, branches, rows=1))
     if len(ids) > BLOCK:
         feed(network, [fork], ids[None, :-BLOCK], last_only=True)
         ids = ids[-BLOCK:]
@@ -110,11 +109,32 @@ def follow(
     ]
 
 
-def _branch(network: Network, fork: Fork, ids: Int[Tensor, " new"], first: Float[Tensor, " vocabulary"]) -> Branch:
-    """One branch by itself, on a fork of its own; `first` are the logits of its first token."""
-    start = len(fork.usage) - 1
-    logits = [first[None]] + ([feed(network, [fork], ids[None])[0]] if len(ids) else [])
-    return Branch(torch.cat(logits), fork.usage[start:])
+def follow_each(
+    network: Network, forks: Sequence[Fork], ids: Int[Tensor, " new"], branches: Sequence[Sequence[int]], rows: int
+) -> Iterator[tuple[Float[Tensor, " vocabulary"], list[Branch]]]:
+    """`follow` for each fork in turn. Those whose tokens go one by one advance together, in batches of `rows` rows."""
+    apart = _follow_apart(network, [fork for fork in forks if fork.one_by_one], ids, branches, rows)
+    for fork in forks:
+        yield next(apart) if fork.one_by_one else follow(network, fork, ids, branches)
+
+
+def _follow_apart(
+    network: Network, forks: Sequence[Fork], ids: Int[Tensor, " new"], branches: Sequence[Sequence[int]], rows: int
+) -> Iterator[tuple[Float[Tensor, " vocabulary"], list[Branch]]]:
+    """Each branch fed by itself, to forks of its own: the same tokens for all of `rows` forks at a time."""
+    for start in range(0, len(forks), rows):
+        part = forks[start : start + rows]
+        first = feed(network, part, ids.expand(len(part), -1), last_only=True, rows=rows)[:, -1]
+        read = len(part[0].usage) - 1  # the token that `first` comes after
+        looked = []
+        for branch in branches:
+            copies = [fork.fork() for fork in part]
+            logits = first[:, None]
+            if len(branch) > 1:
+                fed = ids.new_tensor(branch[:-1]).expand(len(part), -1)
+                logits = torch.cat([logits, feed(network, copies, fed, rows=rows)], 1)
+            looked.append([Branch(x, copy.usage[read:]) for x, copy in zip(logits, copies, strict=True)])
+        yield from ((first[i], [branch[i] for branch in looked]) for i in range(len(part)))
 
 
 def greedy(

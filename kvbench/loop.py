@@ -95,7 +95,7 @@ def _evaluate_unit(runs: Sequence[CellRun], model: Model, context: Context, unit
     full = ask_full(model, CompressedCache.pack(keep_all(seen), seen), unit)
     room = _room(network.devices)
     company: list[_Compressed] = []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.method.one_by_one):  # those that advance together, side by side
         bar.say(run.cell.label)
         try:
             company.append(_compress(run, seen))

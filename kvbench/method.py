@@ -115,6 +115,11 @@ class Method:
     positions: ClassVar[Positions] = Positions.original
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether it must be fed tokens one at a time."""
+        return self.steps or self.selects
+
+    @property
     def needs(self) -> frozenset[Statistic]:
         """Statistics to gather while the context is read; equal ones of different methods are gathered once."""
         return frozenset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,21 +10,21 @@ import torch
 from conftest import ids_of
 
 from kvbench import plugins
-from kvbench.budget import Budget
+from kvbench.budget import Allowance, Budget
 from kvbench.cache.fork import Fork
 from kvbench.cache.hf import Network
 from kvbench.cache.packed import CompressedCache
-from kvbench.decode import feed, follow, greedy, rows_together
+from kvbench.decode import feed, follow, follow_each, greedy, rows_together
 from kvbench.method import Method
 from kvbench.model import Model
-from kvbench.plan import keep_all
-from kvbench.prefill import read_exactly
+from kvbench.plan import Plan, keep_all
+from kvbench.prefill import Seen, read_exactly
 
 
-def contexts(network: Network, number: int) -> list[CompressedCache]:
-    """Full caches of different lengths."""
+def contexts(network: Network, number: int, plan: Callable[[Seen], Plan] = keep_all) -> list[CompressedCache]:
+    """Caches of contexts of different lengths."""
     found = [read_exactly(network, ids_of(network, 20 + 7 * i, seed=i)) for i in range(number)]
-    return [CompressedCache.pack(keep_all(seen), seen) for seen in found]
+    return [CompressedCache.pack(plan(seen), seen) for seen in found]
 
 
 def started(network: Network, caches: list[CompressedCache]) -> tuple[list[Fork], torch.Tensor]:
@@ -89,3 +90,25 @@ def test_branches_see_what_goes_before_them_and_not_each_other(tiny: Model, meth
     token = torch.tensor([[4]])
     assert fork.tail_bytes == plain.tail_bytes
     torch.testing.assert_close(feed(network, [fork], token), feed(network, [plain], token), atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [2, 3])
+def test_forks_that_read_token_by_token_advance_together(tiny: Model, size: int) -> None:
+    """Company changes no bit, and rows only rounding; a fork that reads all at once keeps its place among them."""
+    network, method = tiny.network, plugins.build_method("streamingllm", decode=True)
+    half = Allowance(10 * network.row_bytes())
+    stepping = [Fork(cache, method) for cache in contexts(network, size, lambda seen: method.plan(seen, half))]
+    plain = Fork(contexts(network, 1)[0], Method())
+    ids, branches = ids_of(network, 5, seed=1), [(5, 6, 7, 8), (9,)]
+    forks = [stepping[0], plain, *stepping[1:]]
+    alone = [next(follow_each(network, [fork.fork()], ids, branches, rows=4)) for fork in forks]
+    by_itself = [follow(network, fork.fork(), ids, branches) for fork in forks]
+    together = list(follow_each(network, forks, ids, branches, rows=4))
+    for (first, found), (same, expected), (near, rounded) in zip(together, alone, by_itself, strict=True):
+        assert torch.equal(first, same)
+        torch.testing.assert_close(first, near, atol=1e-4, rtol=0)
+        for one, other, third in zip(found, expected, rounded, strict=True):
+            assert torch.equal(one.logits, other.logits)
+            assert one.usage == other.usage == third.usage
+    assert [fork.next_position for fork in forks] == [25, 25, *(32 + 7 * i for i in range(size - 1))]

@@ -329,6 +329,8 @@ def test_a_cell_in_company_is_the_cell_alone(protocol: str, tmp_path: Path) -> N
         cell("snapkv", "0.6", **common),
         cell("snapkv", method_options={"window": 16}, **common),
         cell("streamingllm", "4KiB", **common),
+        cell("lazyeviction", "0.6", **common),
+        cell("fasa", **common),
     ]
     run(company, tmp_path / "company")
     for one in company:

@@ -364,7 +364,7 @@ class Fork:
     @property
     def one_by_one(self) -> bool:
         """Whether tokens must be fed one at a time."""
-        return self.method.steps or self.method.selects
+        return self.method.one_by_one
 
     def fork(self) -> Fork:
         other = copy.copy(self)
