@@ -19,7 +19,7 @@ class KVzip(Method):
     """Keep what the model looks at when it repeats its context (KVzip, Kim et al., arXiv 2505.23416).
 
     One threshold for all layers and KV heads: each gets as many rows as its scores earn, one at least, and the first
-    `sinks` tokens stay everywhere. Differs: no instruction to repeat goes before the repetition, only the last tokens
+    `sinks` tokens stay everywhere; so do the last `window` (ours: none by default). Differs: no instruction to repeat goes before the repetition, only the last tokens
     of the chunk before; the template's head is scored like the rest of the context. Costs about two more prefills.
     """
 
@@ -29,10 +29,11 @@ class KVzip(Method):
 
     chunk: int = 2048
     sinks: int = 4
+    window: int = 0
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise UsageError(f"method.chunk={self.chunk} is not at least 1")
+        if self.chunk < 1 or self.window < 0:
+            raise UsageError(f"method.chunk={self.chunk} method.window={self.window}: at least 1, and 0")
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -40,7 +41,7 @@ class KVzip(Method):
 
     @property
     def protect(self) -> tuple[int, int]:
-        return (self.sinks, 0)
+        return (self.sinks, self.window)
 
     def scores(self, seen: Seen, layer: int) -> Float[Tensor, "kv_heads tokens"]:
         return seen.statistics[Reconstruction(self.chunk, self.sinks)][layer]

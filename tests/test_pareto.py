@@ -95,7 +95,16 @@ def test_labels_that_fit_stay_where_they_are() -> None:
 def test_short_names_stay_apart() -> None:
     long, longer = "vector(router=paper,features=key,maps=layer)", "vector(router=paper,features=key,maps=head)"
     assert short(["snapkv", long]) == {"snapkv": "snapkv", long: "vector(router=paper,…)"}
-    assert short([long, longer]) == {long: long, longer: longer}
+    assert short([long, longer]) == {long: "vector(maps=layer,…)", longer: "vector(maps=head,…)"}
+
+
+@pytest.mark.parametrize("option", ["texts=['essays', 'squad']", "base_options={'window': 8, 'sinks': 4}"])
+def test_long_names_that_differ_late_stay_short_and_apart(option: str) -> None:
+    many = [f"vector(base=kvzip,{option},power={i},texts={'x' * 200}{i})" for i in range(3)]
+    found = short([*many, f"vector(base=kvzip,{option})", "snapkv"], most=20)
+    assert len(set(found.values())) == 5
+    assert max(map(len, found.values())) <= 2 * 20 + 2
+    assert all(f"power={i}" in found[label] for i, label in enumerate(many))
 
 
 def cell(method: str, budget: str, mean: float, share: float, task: str = "niah", **other: object) -> dict[str, object]:

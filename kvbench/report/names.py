@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -23,10 +24,46 @@ def file_names(about: Sequence[pd.Series]) -> list[str]:
 
 
 def short(labels: Sequence[str], most: int = 26) -> dict[str, str]:
-    """Label -> a text of about `most` characters: options behind the first make way, unless two would be alike."""
-    cut = {label: _cut(label, most) for label in labels}
-    uses = Counter(cut.values())
-    return {label: text if uses[text] == 1 else label for label, text in cut.items()}
+    """Label -> a text of about `most` characters: options behind the first make way.
+
+    Labels that would then be alike show the options in which they differ; where those are too long, their beginning and
+    a number.
+    """
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        group = alike.setdefault(_cut(label, most), [])
+        if label not in group:
+            group.append(label)
+    found = {}
+    for text, group in alike.items():
+        texts = [text] if len(group) == 1 else [_cut_end(one, 2 * most) for one in _told_apart(group)]
+        uses, seen = Counter(texts), Counter[str]()
+        for label, one in zip(group, texts, strict=True):
+            seen[one] += 1
+            found[label] = one if uses[one] == 1 else f"{one} {seen[one]}"
+    return found
+
+
+def _told_apart(labels: Sequence[str]) -> list[str]:
+    """Labels of one method with the options that all have left out."""
+    split = [_options(label) for label in labels]
+    common = set.intersection(*(set(options) for _, options in split))
+    texts = []
+    for name, options in split:
+        own = [option for option in options if option not in common]
+        rest = ["…"] if len(own) < len(options) else []
+        texts.append(f"{name}({','.join(own + rest)})" if options else name)
+    return texts
+
+
+def _options(label: str) -> tuple[str, list[str]]:
+    """(name, options) of a label such as name(a=1,b=[1, 2]): commas inside brackets are no ends."""
+    name, _, inside = label.removesuffix(")").partition("(")
+    return name, [part for part in re.split(r",(?![^\[{(]*[\]})])", inside) if part]
+
+
+def _cut_end(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _cut(label: str, most: int) -> str:

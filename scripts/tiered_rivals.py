@@ -1,0 +1,76 @@
+"""Which rival of the tiered mix is the best in each cell, from the records of conf/experiment/tiered_tuning.yaml.
+
+python scripts/tiered_rivals.py results/tiered_tuning
+
+Writes rivals.csv into the folder: a row per task, protocol and budget with the mean NLL of the reference in nats a
+token, the full cache's and the mix's beside the best rival's, and all that the choice was made from in tuning.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from kvbench.errors import UsageError
+from kvbench.report.table import described
+from kvbench.store import cells, read_cell
+
+CELL = ["task", "protocol", "budget"]
+
+
+def read(results: Path) -> pd.DataFrame:
+    """A row per cell that is done. `kind`: full, mix (VECTOR's routers, variants included) or rival."""
+    rows = []
+    for folder in cells(results):
+        header, records = read_cell(folder)
+        if header["status"] != "done":
+            continue
+        identity = header["identity"]
+        method, needles = identity["method"]["name"], identity["task"].get("needles", 1)
+        rows.append(
+            {
+                "task": identity["task"]["name"] + (f", {needles} needles" if needles > 1 else ""),
+                "protocol": identity["protocol"],
+                "budget": float(identity["budget"]),
+                "method": described(header)["method"],
+                "kind": {"full": "full", "vector": "mix"}.get(method, "rival"),
+                "answer_nll": sum(one["answer_nll"] for one in records) / len(records),
+                "n": len(records),
+            }
+        )
+    if not rows:
+        raise UsageError(f"no finished cells in {results}: python -m kvbench.experiment tiered_tuning")
+    return pd.DataFrame(rows).sort_values([*CELL, "answer_nll"], ignore_index=True)
+
+
+def rivals(table: pd.DataFrame) -> pd.DataFrame:
+    """The best rival of each cell, and what the mix and the full cache have there."""
+    best = table[table.kind == "rival"].drop_duplicates(CELL).drop(columns="kind")
+    full = table[table.kind == "full"].set_index(["task", "protocol"]).answer_nll.rename("full")
+    mixes = table[table.kind == "mix"].drop_duplicates(CELL).set_index(CELL)[["method", "answer_nll"]]
+    mixes.columns = ["best mix", "its NLL"]
+    found = best.rename(columns={"method": "rival", "answer_nll": "rival's NLL"})
+    return found.join(mixes, on=CELL).join(full, on=["task", "protocol"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=Path("results/tiered_tuning"))
+    folder = parser.parse_args().results
+    try:
+        table = read(folder)
+    except UsageError as error:
+        print(f"tiered_rivals: {error}", file=sys.stderr)
+        return 2
+    chosen = rivals(table)
+    table.round(4).to_csv(folder / "tuning.csv", index=False)
+    chosen.round(4).to_csv(folder / "rivals.csv", index=False)
+    print(chosen.drop(columns="best mix").to_string(index=False, float_format="{:.3f}".format))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
