@@ -19,8 +19,9 @@ class KVzip(Method):
     """Keep what the model looks at when it repeats its context (KVzip, Kim et al., arXiv 2505.23416).
 
     One threshold for all layers and KV heads: each gets as many rows as its scores earn, one at least, and the first
-    `sinks` tokens stay everywhere; so do the last `window` (ours: none by default). Differs: no instruction to repeat goes before the repetition, only the last tokens
-    of the chunk before; the template's head is scored like the rest of the context. Costs about two more prefills.
+    `sinks` tokens stay everywhere, as do the last `window` (ours; none by default). Differs: no instruction to repeat
+    goes before the repetition, only the last tokens of the chunk before; the template's head is scored like the rest of
+    the context. Costs about two more prefills.
     """
 
     family: ClassVar[Family] = Family.scorer
@@ -50,9 +51,9 @@ class KVzip(Method):
         self, seen: Seen, scores: Sequence[Float[Tensor, "kv_heads tokens"]], rows: int
     ) -> Int[Tensor, "layers kv_heads"]:
         every = torch.stack(list(scores))
-        heads = every.shape[0] * every.shape[1]
-        first = min(self.sinks, rows // (2 * heads))
-        free = every[..., first:].flatten(0, 1)
+        heads, tokens = every.shape[0] * every.shape[1], every.shape[2]
+        first, last = self.protected(rows // heads, tokens)
+        free = every[..., first : tokens - last].flatten(0, 1)
         free = free.scatter(1, free.argmax(1, keepdim=True), torch.inf)  # one of each head, whatever it scores
-        best = free.flatten().topk(min(rows - first * heads, free.numel())).indices
-        return first + torch.bincount(best // free.shape[1], minlength=heads).view(every.shape[:2])
+        best = free.flatten().topk(min(rows - (first + last) * heads, free.numel())).indices
+        return first + last + torch.bincount(best // free.shape[1], minlength=heads).view(every.shape[:2])

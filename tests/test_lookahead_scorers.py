@@ -233,6 +233,16 @@ def test_kvzip_keeps_its_first_tokens_everywhere(network: Network) -> None:
         assert keep[:, :3].all()
 
 
+@pytest.mark.parametrize("window", [1, 8])
+def test_kvzip_keeps_a_window_everywhere_if_asked_to(network: Network, window: int) -> None:
+    method = plugins.build_method("kvzip", window=window)
+    seen = see(network, method)
+    free = plugins.build_method("kvzip")
+    assert all(keep[:, -window:].all() and keep[:, :4].all() for keep in kept(method, seen, 40))
+    assert not all(keep[:, -window:].all() for keep in kept(free, seen, 40))
+    assert sum(int(keep.sum()) for keep in kept(method, seen, 40)) == sum(int(k.sum()) for k in kept(free, seen, 40))
+
+
 def test_kvzip_repeats_once_for_all_budgets_and_leaves_nothing_behind(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
