@@ -11,7 +11,7 @@ import checks
 import pytest
 import torch
 from conftest import ids_of, tiny_network
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -365,6 +365,7 @@ def test_mikv_adds_up_attention_only() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(-40, 40), st.sampled_from([torch.float32, torch.bfloat16]))
+@example(1100, 0, torch.bfloat16)  # half a step, to the last bit but one
 def test_fp8_errs_by_a_sixteenth_of_each_number(seed: int, exponent: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     spread = 2.0 ** torch.randint(-12, 1, (6, DIM), generator=generator)
@@ -378,7 +379,7 @@ def test_fp8_errs_by_a_sixteenth_of_each_number(seed: int, exponent: int, dtype:
     normal = x.abs() >= scale[:, None] * 2**-6
     error = (back - x).abs()
     assert (error[normal] <= x.abs()[normal] * 2**-4 * 1.0001).all()
-    assert (error <= (scale[:, None] * 2**-10).where(~normal, torch.inf)).all()
+    assert (error <= (scale[:, None] * 2**-10 * 1.0001).where(~normal, torch.inf)).all()  # half of a subnormal's step
     assert nbytes(stored.values()) == 6 * sum(codec.group_bytes(DIM, dtype))
     assert (back.abs().amax(1) - x.abs().amax(1)).abs().max() <= x.abs().max() * 1e-6  # the largest is exact
 
