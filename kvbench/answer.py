@@ -144,7 +144,7 @@ def answers(
 ) -> Iterator[tuple[int, Example, dict[str, Any]]]:
     """What each cell's cache (by its place in `asked`) makes of each example that the cell lacks: its part of a record.
 
-    The cells' free answers to a question advance together, and so do those that read it token by token.
+    The cells' free answers to a question advance together, as do cells whose method reads token by token.
     """
     talks = [_Conversations(model, one.cache, one.cell.method, unit) for one in asked]
     for turn in unit.turns:

@@ -101,9 +101,10 @@ def _evaluate_unit(runs: Sequence[CellRun], model: Model, context: Context, unit
             company.append(_compress(run, seen))
         except Exception as error:
             run.fail(error)
-        # Beside each packed cache there is its decoded copy, and another one of the fork that answers.
+        # Beside each packed cache there is its decoded copy, and in the layers' dtype (up to twice its size) those of the
+        # fork that answers and, where tokens go one by one, of one that looks at a continuation.
         held = sum(one.facts["tokens_kept"] * network.row_bytes() for one in company)
-        if len(company) == model.rows or 5 * held > room:
+        if len(company) == model.rows or 6 * held > room:
             _answer(company, model, context, unit, full)
             company = []
     _answer(company, model, context, unit, full)

@@ -33,8 +33,10 @@ class KVzip(Method):
     window: int = 0
 
     def __post_init__(self) -> None:
-        if self.chunk < 1 or self.window < 0:
-            raise UsageError(f"method.chunk={self.chunk} method.window={self.window}: at least 1, and 0")
+        if self.chunk < 1:
+            raise UsageError(f"method.chunk={self.chunk} is not at least 1")
+        if self.window < 0:
+            raise UsageError(f"method.window={self.window} is not at least 0")
 
     @property
     def needs(self) -> frozenset[Statistic]:

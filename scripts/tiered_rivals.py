@@ -2,8 +2,8 @@
 
 python scripts/tiered_rivals.py results/tiered_tuning
 
-Writes rivals.csv into the folder: a row per task, protocol and budget with the mean NLL of the reference in nats a
-token, the full cache's and the mix's beside the best rival's, and all that the choice was made from in tuning.csv.
+Writes into the folder rivals.csv, the best rival of each task, protocol and budget beside the full cache, and
+tuning.csv, all that the choice was made from and the mix itself: mean NLL of the reference in nats a token.
 """
 
 from __future__ import annotations
@@ -47,13 +47,10 @@ def read(results: Path) -> pd.DataFrame:
 
 
 def rivals(table: pd.DataFrame) -> pd.DataFrame:
-    """The best rival of each cell, and what the mix and the full cache have there."""
+    """The best rival of each cell, and what the full cache has there."""
     best = table[table.kind == "rival"].drop_duplicates(CELL).drop(columns="kind")
     full = table[table.kind == "full"].set_index(["task", "protocol"]).answer_nll.rename("full")
-    mixes = table[table.kind == "mix"].drop_duplicates(CELL).set_index(CELL)[["method", "answer_nll"]]
-    mixes.columns = ["best mix", "its NLL"]
-    found = best.rename(columns={"method": "rival", "answer_nll": "rival's NLL"})
-    return found.join(mixes, on=CELL).join(full, on=["task", "protocol"])
+    return best.rename(columns={"method": "rival"}).join(full, on=["task", "protocol"])
 
 
 def main() -> int:
@@ -68,7 +65,7 @@ def main() -> int:
     chosen = rivals(table)
     table.round(4).to_csv(folder / "tuning.csv", index=False)
     chosen.round(4).to_csv(folder / "rivals.csv", index=False)
-    print(chosen.drop(columns="best mix").to_string(index=False, float_format="{:.3f}".format))
+    print(chosen.to_string(index=False, float_format="{:.3f}".format))
     return 0
 
 

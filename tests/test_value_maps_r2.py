@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from conftest import load_script
 from sweeps import prepared
 
 from kvbench.artefact import load_or_fit
@@ -17,16 +17,10 @@ from kvbench.prefill import read_exactly
 from kvbench.sweep import composed_words
 from kvbench.toolbox.value_maps import SINKS
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "value_maps_r2.py"
-
 
 @pytest.mark.usefixtures("own_cache", "corpora")
 def test_r2_is_the_explained_share_of_the_values_spread(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("value_maps_r2", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("value_maps_r2")
     with prepared(tmp_path) as words:
         options = [*words, f"results={tmp_path}", "method=vector", "method.calibration_tokens=1024", "limit=1"]
         configs = [composed_words([*options, f"method.texts=[{text}]"]) for text in ("pydoc", "stdlib")]

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import load_script
 
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    file = Path(__file__).parents[1] / "scripts" / "vector_study.py"
-    spec = importlib.util.spec_from_file_location("vector_study", file)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["vector_study"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("vector_study")
 
 
 def records(worse: float, n: int = 60) -> pd.DataFrame:
