@@ -101,8 +101,8 @@ def _evaluate_unit(runs: Sequence[CellRun], model: Model, context: Context, unit
             company.append(_compress(run, seen))
         except Exception as error:
             run.fail(error)
-        # Beside each packed cache there is its decoded copy, and in the layers' dtype (up to twice its size) those of the
-        # fork that answers and, where tokens go one by one, of one that looks at a continuation.
+        # Beside each packed cache there is its decoded copy and, up to twice its size in the layers' dtype, that of the
+        # fork that answers and, where tokens go one by one, that of one that looks at a continuation.
         held = sum(one.facts["tokens_kept"] * network.row_bytes() for one in company)
         if len(company) == model.rows or 6 * held > room:
             _answer(company, model, context, unit, full)
