@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from kvbench.errors import UsageError
+from kvbench.report.study import task_name
 from kvbench.report.table import described
 from kvbench.store import cells, read_cell
 
@@ -29,10 +30,10 @@ def read(results: Path) -> pd.DataFrame:
         if header["status"] != "done":
             continue
         identity = header["identity"]
-        method, needles = identity["method"]["name"], identity["task"].get("needles", 1)
+        method = identity["method"]["name"]
         rows.append(
             {
-                "task": identity["task"]["name"] + (f", {needles} needles" if needles > 1 else ""),
+                "task": task_name(identity),
                 "protocol": identity["protocol"],
                 "budget": float(identity["budget"]),
                 "method": described(header)["method"],

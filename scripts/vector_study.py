@@ -17,12 +17,12 @@ import numpy as np
 import pandas as pd
 
 from kvbench.errors import UsageError
-from kvbench.report.statistics import Clusters, holm, interval, noninferior, p_values
+from kvbench.report.statistics import Clusters, holm
+from kvbench.report.study import difference, markdown, signed, task_name, within_margin
 from kvbench.store import cells, read_cell
 
 BASES, ARMS = ("keydiff", "kvzip", "snapkv"), ("base", "twin", "paper", "ours")
 PAIRS = {"ours - base": "less", "paper - base": "less", "ours - twin": "both"}  # a family each, and its tests' side
-ABSOLUTE, RELATIVE = 0.01, 0.05  # of the margin: nat, and share of the gap base - full
 DRAWS = "calibration_draw"
 
 
@@ -43,8 +43,7 @@ def read(results: Path) -> pd.DataFrame:
         header, records = read_cell(folder)
         identity = header["identity"]
         base, kind = arm(identity["method"])
-        task = {"lm": "lm", "niah": f"niah, {identity['task'].get('needles', 1)} needles"}[identity["task"]["name"]]
-        about = {"task": task.replace("1 needles", "1 needle"), "protocol": identity["protocol"], "base": base}
+        about = {"task": task_name(identity), "protocol": identity["protocol"], "base": base}
         about |= {"arm": kind, "budget": identity["budget"], "draw": identity["method"].get(DRAWS, 0)}
         rows += [about | {name: one[name] for name in KEPT} for one in records]
     if not rows:
@@ -75,11 +74,14 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
         rng = np.random.default_rng(0)
         for pair, side in PAIRS.items():
             ours, theirs = pair.split(" - ")
-            difference = (nll[ours] - nll[theirs]).to_numpy()
-            row |= _difference(pair, difference, clusters, side, rng)
+            values = (nll[ours] - nll[theirs]).to_numpy()
+            one = difference(values, clusters, rng, side, tests=len(BASES) * 6)
+            row |= {pair: one.pop("mean")} | {f"{pair}, {name}": value for name, value in one.items()}
             if theirs == "base":
                 gap = (nll["base"] - nll["full"]).to_numpy()
-                row |= _margin(ours, difference, gap, clusters, rng)
+                margin = within_margin(values, gap, clusters, rng)
+                row |= {f"{ours}, {name}": margin[name] for name in ("bound", "margin")}
+                row[f"{ours} non-inferior"] = margin["holds"]
         found.append(row)
     result = pd.DataFrame(found)
     for pair in PAIRS:
@@ -87,26 +89,13 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     return result
 
 
-def _difference(name: str, values: np.ndarray, clusters: Clusters, side: Any, rng: Any) -> dict[str, Any]:
-    one = interval(values, clusters, rng)
-    p = p_values(values[:, None], clusters, rng, side, tests=len(BASES) * 6).p[0]
-    return {name: one.mean, f"{name}, low": one.low, f"{name}, high": one.high, f"{name}, p": p}
-
-
-def _margin(name: str, difference: np.ndarray, gap: np.ndarray, clusters: Clusters, rng: Any) -> dict[str, Any]:
-    """The margin is 0.01 nat, or 5 % of the gap base - full where that is more on average."""
-    margin = max(ABSOLUTE, RELATIVE * gap.mean())
-    found = noninferior(difference, clusters, rng, RELATIVE * gap if margin > ABSOLUTE else ABSOLUTE)
-    return {f"{name}, bound": found.bound, f"{name}, margin": margin, f"{name} non-inferior": found.holds}
-
-
-def markdown(result: pd.DataFrame, draws: pd.DataFrame) -> str:
+def page(result: pd.DataFrame, draws: pd.DataFrame) -> str:
     lines = [
         "# VECTOR beside its bases",
         "Written by `scripts/vector_study.py` from the records in this folder; what was asked: docs/prereg.md. NLL of "
         "the reference text in nats a token; differences are paired, with 95 % intervals over source documents; "
         "p-values are Holm's of the 18 cells of a family. Non-inferior: the one-sided 95 % bound below the margin.",
-        _table(
+        markdown(
             result,
             ["task", "scorer", "budget", "n", "full", *ARMS],
             {"n": "{:.0f}", **dict.fromkeys(("full", *ARMS), "{:.3f}")},
@@ -116,8 +105,8 @@ def markdown(result: pd.DataFrame, draws: pd.DataFrame) -> str:
         name = pair.split(" - ")[0]
         shown = result.assign(
             difference=[
-                f"{a:+.4f} ({b:+.4f} to {c:+.4f})"
-                for a, b, c in result[[pair, f"{pair}, low", f"{pair}, high"]].to_numpy()
+                signed({"mean": mean, "low": low, "high": high})
+                for mean, low, high in result[[pair, f"{pair}, low", f"{pair}, high"]].to_numpy()
             ]
         )
         columns = ["task", "scorer", "budget", "clusters", "difference", f"{pair}, Holm p"]
@@ -125,7 +114,7 @@ def markdown(result: pd.DataFrame, draws: pd.DataFrame) -> str:
         if pair.endswith("base"):
             columns += [f"{name}, bound", f"{name}, margin", f"{name} non-inferior"]
             forms |= {f"{name}, bound": "{:.4f}", f"{name}, margin": "{:.4f}"}
-        lines += [f"## {pair}", _table(shown, columns, forms)]
+        lines += [f"## {pair}", markdown(shown, columns, forms)]
     held, shared = result["held"].mean(), result["shared"].mean()
     saved = result["bytes_full"].mean() - held
     lines.append(
@@ -134,7 +123,7 @@ def markdown(result: pd.DataFrame, draws: pd.DataFrame) -> str:
         f"{result['over'].sum():.0f}."
     )
     if len(draws):
-        lines += ["## Another draw of the calibration documents", _table(draws, list(draws.columns), {})]
+        lines += ["## Another draw of the calibration documents", markdown(draws, list(draws.columns), {})]
     return "\n\n".join(lines) + "\n"
 
 
@@ -151,14 +140,6 @@ def spread(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _table(table: pd.DataFrame, columns: list[str], forms: dict[str, str]) -> str:
-    rows = [
-        ["" if pd.isna(row[c]) else forms.get(c, "{}").format(row[c]) for c in columns] for _, row in table.iterrows()
-    ]
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", default=Path("results/vector_vs_base"))
@@ -166,7 +147,7 @@ def main() -> int:
     try:
         table = read(folder)
         result = compare(table)
-        text = markdown(result, spread(table))
+        text = page(result, spread(table))
         (folder / "study.md").write_text(text)
         result.to_csv(folder / "study.csv", index=False)
     except UsageError as error:

@@ -45,7 +45,7 @@ def test_superiority_and_margins(study: ModuleType, worse: float, holds: bool) -
     assert found["ours - base, Holm p"]["0.25"] > 0.05
     assert not found["paper non-inferior"].any()
     assert found["paper - base, Holm p"].min() > 0.9
-    assert "| lm | kvzip | 0.1 | 60 |" in study.markdown(study.compare(records(worse)), pd.DataFrame())
+    assert "| lm | kvzip | 0.1 | 60 |" in study.page(study.compare(records(worse)), pd.DataFrame())
 
 
 @pytest.mark.parametrize(

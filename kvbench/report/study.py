@@ -1,0 +1,65 @@
+"""What studies share: a cell's task by name, paired differences with their tests and margins, a table in Markdown.
+
+Differences are of losses in nats a token, ours less theirs. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
+
+from kvbench.report.statistics import Clusters, Side, interval, noninferior, p_values
+
+ABSOLUTE, RELATIVE = 0.01, 0.05  # of the margin: nat, and share of the gap to the full cache
+
+
+def task_name(identity: Mapping[str, Any]) -> str:
+    """A cell's task, as studies name it: "lm", "niah, 4 needles"."""
+    task = identity["task"]
+    if task["name"] != "niah":
+        return str(task["name"])
+    needles = task.get("needles", 1)
+    return f"niah, {needles} needle" + "s" * (needles > 1)
+
+
+def difference(
+    values: Float[ndarray, " examples"], clusters: Clusters, rng: np.random.Generator, side: Side, tests: int
+) -> dict[str, float]:
+    """`mean`, its 95 % interval `low` to `high`, and `p`, one of `tests` that a correction will be over."""
+    one = interval(values, clusters, rng)
+    p = p_values(values[:, None], clusters, rng, side, tests=tests).p[0]
+    return {"mean": one.mean, "low": one.low, "high": one.high, "p": float(p)}
+
+
+def within_margin(
+    values: Float[ndarray, " examples"],
+    gap: Float[ndarray, " examples"],
+    clusters: Clusters,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """`bound`, `margin` and whether `holds`: the margin is 0.01 nat, or 5 % of `gap` where that is more on average.
+
+    `gap` is theirs less the full cache's; its noise counts where it is the margin.
+    """
+    margin = max(ABSOLUTE, RELATIVE * float(gap.mean()))
+    found = noninferior(values, clusters, rng, RELATIVE * gap if margin > ABSOLUTE else ABSOLUTE)
+    return {"bound": found.bound, "margin": margin, "holds": found.holds}
+
+
+def signed(one: Mapping[str, float]) -> str:
+    """A difference with its interval, as studies show it."""
+    return f"{one['mean']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f})"
+
+
+def markdown(table: pd.DataFrame, columns: Sequence[str], forms: Mapping[str, str]) -> str:
+    """Some columns of a table; a cell that is not there stays empty."""
+    rows = [
+        ["" if pd.isna(row[c]) else forms.get(c, "{}").format(row[c]) for c in columns] for _, row in table.iterrows()
+    ]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
