@@ -23,6 +23,7 @@ from kvbench.store import cells, read_cell
 
 GROUP = ["task", "protocol"]
 KEPT = ("id", "cluster_id", "answer_nll", "bytes_held", "bytes_budget")
+ARMS = {"full": "full", "vector": "mix"}  # by method; all others are rivals
 CELLS = 25  # of the family: 5 tasks and protocols at 5 budgets
 
 
@@ -32,7 +33,7 @@ def read(results: Path) -> pd.DataFrame:
     for folder in cells(results):
         header, records = read_cell(folder)
         identity = header["identity"]
-        arm = {"full": "full", "vector": "mix"}.get(identity["method"]["name"], "rival")
+        arm = ARMS.get(identity["method"]["name"], "rival")
         about = {"task": task_name(identity), "protocol": identity["protocol"], "budget": float(identity["budget"])}
         about |= {"arm": arm, "method": described(header)["method"]}
         rows += [about | {name: one[name] for name in KEPT} for one in records]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import load_script
+
+from kvbench import experiment
+from kvbench.config import convert
+from kvbench.report.study import task_name
+from kvbench.sweep import composed_words
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +60,19 @@ def test_what_is_over_its_budget_is_counted(study: ModuleType) -> None:
     table = records({0.1: 0.2})
     table.loc[table.arm == "mix", "bytes_held"] = 11
     assert study.compare(table)["over"].tolist() == [60]
+
+
+def test_each_cell_has_the_rival_that_tuning_data_chose(study: ModuleType) -> None:
+    cells = [convert(composed_words(words)).cell for words in experiment.read("tiered_vs_rivals")]
+    rivals = pd.read_csv(Path(__file__).parents[1] / "results" / "tiered_tuning" / "rivals.csv")
+    chosen = {(row.task, row.protocol, row.budget): row.rival for row in rivals.itertuples()}
+    run: dict[str, dict[tuple[str, str, float], str]] = {"full": {}, "mix": {}, "rival": {}}
+    for cell in cells:
+        identity = cell.identity()
+        arm = study.ARMS.get(identity["method"]["name"], "rival")
+        key = (task_name(identity), identity["protocol"], float(identity["budget"]))
+        assert key not in run[arm]
+        run[arm][key] = cell.label
+    assert run["rival"] == chosen
+    assert run["mix"].keys() == chosen.keys()
+    assert {key[:2] for key in run["full"]} == {key[:2] for key in chosen}
