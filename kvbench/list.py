@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 import kvbench
 from kvbench import plugins
@@ -31,6 +35,13 @@ def presets(kind: str) -> dict[str, Path]:
     for folder in filter(None, (conf_folder(), user_conf_folder())):
         found.update({file.stem: file for file in folder.joinpath(kind.removesuffix("s")).glob("*.yaml")})
     return found
+
+
+def options_of_preset(name: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    """What a preset among `files` stands for: its plugin's `name` and the options that it sets."""
+    found: Any = OmegaConf.to_container(OmegaConf.load(files[name]))
+    base, *_ = found.pop("defaults", [""])
+    return (options_of_preset(base, files) if base in files else {"name": base}) | found
 
 
 def choices(kind: str) -> dict[str, Path]:

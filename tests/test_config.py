@@ -15,8 +15,9 @@ import pytest
 
 from kvbench import run
 from kvbench.cell import Cell, Settings
-from kvbench.list import KINDS, choices, conf_folder, describe
+from kvbench.list import KINDS, choices, conf_folder, describe, presets
 from kvbench.plugins import files
+from kvbench.report.table import method_label
 from kvbench.run import main
 
 METHOD = '''
@@ -150,6 +151,21 @@ def test_a_preset_is_the_same_cell_as_its_options_spelled_out(cell: Callable[...
     assert cell("method=painted_blue", "task=gallery", "method.window=3").digest != preset.digest
     recipe = [f"method.{option}" for option in ("router=paper", "maps=layer", "features=key", "intercept=false")]
     assert cell("method=vector_paper", PLAY[1]).digest == cell("method=vector", PLAY[1], *recipe).digest
+
+
+def test_tables_call_what_is_a_preset_by_its_name(cell: Callable[..., Cell]) -> None:
+    """A preset that restates a default would not be found again."""
+
+    def label(*words: str) -> str:
+        one = cell("task=gallery", *words)
+        return method_label({"identity": one.identity(), "label": one.label})
+
+    for name in presets("methods").keys() - {"painted_wrong", "bare"}:
+        assert label(f"method={name}") == name
+    assert label("method=painted", "method.window=9", "method.colour=blue", "method.sizes=[4]") == "painted_blue"
+    assert label("method=painted_blue", "method.window=8") == "painted(window=8,colour=blue,sizes=[4])"
+    assert label("method=painted_blue", "method.window=3") == "painted(colour=blue,sizes=[4])"
+    assert label("method=painted") == "painted"
 
 
 def test_identity_ignores_how_a_budget_is_written_and_where_things_go(cell: Callable[..., Cell]) -> None:

@@ -15,7 +15,7 @@ from kvbench.store import FORMAT
 def write(results: Path, label: str, context: int, scores: dict[float, float]) -> None:
     folder = results / "niah" / "tiny" / f"{label}-{context}"
     folder.mkdir(parents=True)
-    identity = {"budget": "0.1", "protocol": "blind"}
+    identity = {"method": {"name": label}, "budget": "0.1", "protocol": "blind"}
     (folder / "header.json").write_text(json.dumps({"format": FORMAT, "label": label, "identity": identity}))
     records = [
         {"id": str(i), "score": score, "info": {"context": context, "depths": [depth]}}

@@ -13,6 +13,7 @@ from conftest import load_script
 from kvbench import experiment
 from kvbench.config import convert
 from kvbench.report.study import task_name
+from kvbench.report.table import method_label
 from kvbench.sweep import composed_words
 
 
@@ -72,7 +73,7 @@ def test_each_cell_has_the_rival_that_tuning_data_chose(study: ModuleType) -> No
         arm = study.ARMS.get(identity["method"]["name"], "rival")
         key = (task_name(identity), identity["protocol"], float(identity["budget"]))
         assert key not in run[arm]
-        run[arm][key] = cell.label
+        run[arm][key] = method_label({"identity": identity, "label": cell.label})
     assert run["rival"] == chosen
     assert run["mix"].keys() == chosen.keys()
     assert {key[:2] for key in run["full"]} == {key[:2] for key in chosen}

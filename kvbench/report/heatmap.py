@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kvbench.errors import UsageError
+from kvbench.report.table import method_label
 from kvbench.store import cells, read_cell
 
 
@@ -17,7 +18,7 @@ def needles(results: Path, field: str = "score") -> pd.DataFrame:
     rows = []
     for folder in cells(results):
         header, records = read_cell(folder)
-        name = f"{header['label']}, {header['identity']['budget']}, {header['identity']['protocol']}"
+        name = f"{method_label(header)}, {header['identity']['budget']}, {header['identity']['protocol']}"
         for record in records:
             info = record["info"]
             if record.get(field) is not None and "depths" in info and "context" in info:

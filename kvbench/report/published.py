@@ -24,6 +24,7 @@ from kvbench.errors import UsageError
 from kvbench.list import conf_folder
 from kvbench.plugins import known
 from kvbench.report.statistics import Clusters, Interval, interval
+from kvbench.report.table import method_label
 from kvbench.store import read_cell
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
@@ -185,7 +186,9 @@ def observations(folders: Sequence[Path], metric: str, limit: int | None = None)
     for folder in folders:
         header, records = read_cell(folder)
         if header["status"] != "done":
-            raise UsageError(f"{header['label']} is {header['status']}: {header.get('reason', 'not all examples')}")
+            raise UsageError(
+                f"{method_label(header)} is {header['status']}: {header.get('reason', 'not all examples')}"
+            )
         for record in records[:limit]:
             if record.get(metric) is None:
                 raise UsageError(f"{folder} has no {metric}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kvbench.report.table import machine
+from kvbench.report.table import machine, method_label
 from kvbench.report.terminal import terminal
 from kvbench.store import SOLO, read_solo
 
@@ -26,7 +26,7 @@ def row(record: dict[str, Any]) -> tuple[str, ...]:
         interval = f"{record['own_ratio_low']:.3f} to {record['own_ratio_high']:.3f}"
     seconds = (record[name] for name in ("prefill_s", "compress_s", "ttft_s"))
     return (
-        record["label"],
+        method_label(record),
         record["identity"]["budget"],
         record["path"],
         *(f"{record[name] * 1e3:.2f}" for name in ("own_s", "own_full_s")),

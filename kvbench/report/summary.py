@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kvbench import plugins
 from kvbench.list import axis
+from kvbench.report.table import method_label
 from kvbench.report.terminal import terminal
 from kvbench.store import read_cell
 
@@ -45,7 +46,7 @@ def print_summary(folders: Sequence[Path], new: int) -> None:
     for folder in folders:
         header, records = read_cell(folder)
         file = files.get(header["identity"]["method"]["name"])  # None: another folder's plugin
-        row = {"method": header["label"], "trust": "", "budget of": ""}
+        row = {"method": method_label(header), "trust": "", "budget of": ""}
         if file:
             row |= {"trust": plugins.about(file).traits.get("trust", ""), "budget of": axis(file)}
         row |= {"budget": header["identity"]["budget"], "n": str(len(records))}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from kvbench.errors import UsageError
+from kvbench.list import options_of_preset, presets, user_conf_folder
 from kvbench.store import cells, read_cell, read_solo
 
 _ABOUT_A_CELL = ("format", "label", "digest", "identity")
@@ -18,8 +21,8 @@ def read(results: str | Path = "results") -> pd.DataFrame:
     """Every record of a results folder, a row per example: what its cell was, then the record's fields.
 
     `method`, `budget`, `task`, `model`, `protocol`, `seed` and `cell` say what the cell was: behind a name stand the
-    options that are not at their defaults, as in tables. docs/metrics.md defines the other fields. Of cells that are
-    not finished there is what they have.
+    options that are not at their defaults, as in tables; options that make a preset have its name. docs/metrics.md
+    defines the other fields. Of cells that are not finished there is what they have.
     """
     table = examples(dict.fromkeys(cells(Path(results).expanduser())))
     if table.empty:
@@ -49,7 +52,7 @@ def described(header: dict[str, Any]) -> dict[str, Any]:
     name = task.pop("name")
     changed = ",".join(f"{key}={value}" for key, value in task.items())
     return {
-        "method": header["label"],
+        "method": method_label(header),
         "budget": identity["budget"],
         "task": name + (f"({changed})" if changed else ""),
         "model": identity["model"]["name"],
@@ -57,6 +60,22 @@ def described(header: dict[str, Any]) -> dict[str, Any]:
         "seed": identity["seed"],
         "cell": header["digest"],
     }
+
+
+def method_label(header: Mapping[str, Any]) -> str:
+    """The method as tables show it: `tiered` where its options are just that preset's today, or `vector(power=0.5)`."""
+    return _presets(user_conf_folder()).get(_content(header["identity"]["method"]), header["label"])
+
+
+@cache
+def _presets(_: Path | None) -> dict[str, str]:
+    """Content -> name; the user's folder says which."""
+    files = presets("methods")
+    return {_content(options_of_preset(name, files)): name for name in files}
+
+
+def _content(method: Mapping[str, Any]) -> str:
+    return json.dumps(method, sort_keys=True)
 
 
 def machine(hardware: Mapping[str, Any]) -> str:
