@@ -8,14 +8,13 @@ tuning.csv, all that the choice was made from and the mix itself: mean NLL of th
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import pandas as pd
 
 from kvbench.errors import UsageError
-from kvbench.report.study import task_name
+from kvbench.report.study import command, task_name
 from kvbench.report.table import described
 from kvbench.store import cells, read_cell
 
@@ -54,21 +53,13 @@ def rivals(table: pd.DataFrame) -> pd.DataFrame:
     return best.rename(columns={"method": "rival"}).join(full, on=["task", "protocol"])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", default=Path("results/tiered_tuning"))
-    folder = parser.parse_args().results
-    try:
-        table = read(folder)
-    except UsageError as error:
-        print(f"tiered_rivals: {error}", file=sys.stderr)
-        return 2
+def write(folder: Path) -> str:
+    table = read(folder)
     chosen = rivals(table)
     table.round(4).to_csv(folder / "tuning.csv", index=False)
     chosen.round(4).to_csv(folder / "rivals.csv", index=False)
-    print(chosen.to_string(index=False, float_format="{:.3f}".format))
-    return 0
+    return chosen.to_string(index=False, float_format="{:.3f}".format)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(__doc__, "results/tiered_tuning", write))

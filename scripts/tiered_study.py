@@ -2,13 +2,12 @@
 
 python scripts/tiered_study.py results/tiered_vs_rivals
 
-Writes study.md and study.csv into the folder. Cells that are not finished are compared on what both sides have, and
-the page says so.
+Writes study.md and study.csv into the folder. Cells that are not finished are compared on what both sides have: `n` in
+the page. Those of which a side has nothing are left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pandas as pd
 
 from kvbench.errors import UsageError
 from kvbench.report.statistics import Clusters, holm
-from kvbench.report.study import difference, markdown, signed, task_name, within_margin
+from kvbench.report.study import command, difference, markdown, signed, task_name, within_margin
 from kvbench.report.table import described
 from kvbench.store import cells, read_cell
 
@@ -48,7 +47,10 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     for (task, protocol), group in table.groupby(GROUP):
         full = group[group.arm == "full"].set_index("id")
         for budget, part in group[group.arm != "full"].groupby("budget"):
-            nll = part.pivot(index="id", columns="arm", values="answer_nll").assign(full=full.answer_nll).dropna()
+            nll = part.pivot(index="id", columns="arm", values="answer_nll").reindex(columns=["mix", "rival"])
+            nll = nll.assign(full=full.answer_nll).dropna()
+            if nll.empty:
+                continue
             clusters = Clusters(full.cluster_id[nll.index].to_numpy())
             rng = np.random.default_rng(0)
             values, gap = (nll["mix"] - nll["rival"]).to_numpy(), (nll["rival"] - nll["full"]).to_numpy()
@@ -58,6 +60,8 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
             row["over"] = int((part.bytes_held > part.bytes_budget).sum())
             row |= difference(values, clusters, rng, "less", tests=CELLS)
             found.append(row | within_margin(values, gap, clusters, rng))
+    if not found:
+        raise UsageError("no cell has examples of the mix, its rival and the full cache yet")
     result = pd.DataFrame(found)
     result["Holm p"] = holm(result.pop("p").to_numpy())
     result["better"] = result["Holm p"] < 0.05
@@ -89,21 +93,13 @@ def page(result: pd.DataFrame) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", default=Path("results/tiered_vs_rivals"))
-    folder = parser.parse_args().results
-    try:
-        result = compare(read(folder))
-    except UsageError as error:
-        print(f"tiered_study: {error}", file=sys.stderr)
-        return 2
-    text = page(result)
-    (folder / "study.md").write_text(text + "\n")
+def write(folder: Path) -> str:
+    result = compare(read(folder))
+    text = page(result) + "\n"
+    (folder / "study.md").write_text(text)
     result.to_csv(folder / "study.csv", index=False)
-    print(text)
-    return 0
+    return text
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(__doc__, "results/tiered_vs_rivals", write))

@@ -2,13 +2,12 @@
 
 python scripts/vector_study.py results/vector_vs_base
 
-Writes study.md and study.csv into the folder. Cells that are not finished are compared on what both sides have, and
-the page says so.
+Writes study.md and study.csv into the folder. Cells that are not finished are compared on what both sides have: `n` in
+the page.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pandas as pd
 
 from kvbench.errors import UsageError
 from kvbench.report.statistics import Clusters, holm
-from kvbench.report.study import difference, markdown, signed, task_name, within_margin
+from kvbench.report.study import command, difference, markdown, signed, task_name, within_margin
 from kvbench.store import cells, read_cell
 
 BASES, ARMS = ("keydiff", "kvzip", "snapkv"), ("base", "twin", "paper", "ours")
@@ -140,22 +139,14 @@ def spread(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", default=Path("results/vector_vs_base"))
-    folder = parser.parse_args().results
-    try:
-        table = read(folder)
-        result = compare(table)
-        text = page(result, spread(table))
-        (folder / "study.md").write_text(text)
-        result.to_csv(folder / "study.csv", index=False)
-    except UsageError as error:
-        print(f"vector_study: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 0
+def write(folder: Path) -> str:
+    table = read(folder)
+    result = compare(table)
+    text = page(result, spread(table))
+    (folder / "study.md").write_text(text)
+    result.to_csv(folder / "study.csv", index=False)
+    return text
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(__doc__, "results/vector_vs_base", write))

@@ -12,6 +12,7 @@ from conftest import load_script
 
 from kvbench import experiment
 from kvbench.config import convert
+from kvbench.errors import UsageError
 from kvbench.report.study import task_name
 from kvbench.report.table import method_label
 from kvbench.sweep import composed_words
@@ -55,6 +56,14 @@ def test_only_examples_that_both_have_are_compared(study: ModuleType) -> None:
     table = records({0.1: 0.2})
     found = study.compare(table[(table.arm != "mix") | (table.id.astype(int) < 40)])
     assert found.n.tolist() == [40]
+
+
+def test_a_cell_that_lacks_a_side_is_left_out_and_none_at_all_is_told(study: ModuleType) -> None:
+    table = records({0.1: 0.2, 0.25: 0.2})
+    found = study.compare(table[(table.arm != "rival") | (table.budget != 0.25)])
+    assert found.budget.tolist() == [0.1]
+    with pytest.raises(UsageError, match="yet"):
+        study.compare(table[table.arm != "mix"])
 
 
 def test_what_is_over_its_budget_is_counted(study: ModuleType) -> None:

@@ -1,11 +1,14 @@
-"""What studies share: a cell's task by name, paired differences with their tests and margins, a table in Markdown.
+"""What studies share: a cell's task by name, paired differences with their tests and margins, a table, a command.
 
 Differences are of losses in nats a token, ours less theirs. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray
 
+from kvbench.errors import UsageError
 from kvbench.report.statistics import Clusters, Side, interval, noninferior, p_values
 
 ABSOLUTE, RELATIVE = 0.01, 0.05  # of the margin: nat, and share of the gap to the full cache
@@ -63,3 +67,15 @@ def markdown(table: pd.DataFrame, columns: Sequence[str], forms: Mapping[str, st
     ]
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def command(about: str, results: str, make: Callable[[Path], str]) -> int:
+    """The command line of a study's script: prints what `make` writes of a results folder; returns the exit code."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=Path(results))
+    try:
+        print(make(parser.parse_args().results))
+    except UsageError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
