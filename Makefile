@@ -36,10 +36,13 @@ lint: .venv/.installed
 
 check: lint test
 
+# Of the figure; the leaderboard has all.
+SHOWN = snapkv kvzip keydiff streamingllm random vector tiered snapkv_4bit kivi quest h2o duoattention
 # Hours, once; the same command continues.
 reference: setup
 	$(BIN)/python -m kvbench.experiment reference --jobs 2
 	$(BIN)/python scripts/leaderboard.py results/reference --out results/reference/leaderboard.html
+	$(BIN)/python scripts/pareto.py results/reference --metric answer_nll --methods $(SHOWN) --out results/reference/nll
 
 TIER ?= quick
 check-published: .venv/.installed
