@@ -10,35 +10,29 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kvbench.errors import UsageError
 from kvbench.report.statistics import Clusters, holm
-from kvbench.report.study import command, difference, markdown, signed, task_name, within_margin
-from kvbench.report.table import described
-from kvbench.store import cells, read_cell
+from kvbench.report.study import command, difference, examples, markdown, signed, within_margin
+from kvbench.report.table import method_label
 
 GROUP = ["task", "protocol"]
-KEPT = ("id", "cluster_id", "answer_nll", "bytes_held", "bytes_budget")
 ARMS = {"full": "full", "vector": "mix"}  # by method; all others are rivals
 CELLS = 25  # of the family: 5 tasks and protocols at 5 budgets
 
 
 def read(results: Path) -> pd.DataFrame:
     """A row per example and cell. `arm`: full, mix or rival."""
-    rows = []
-    for folder in cells(results):
-        header, records = read_cell(folder)
-        identity = header["identity"]
-        arm = ARMS.get(identity["method"]["name"], "rival")
-        about = {"task": task_name(identity), "protocol": identity["protocol"], "budget": float(identity["budget"])}
-        about |= {"arm": arm, "method": described(header)["method"]}
-        rows += [about | {name: one[name] for name in KEPT} for one in records]
-    if not rows:
-        raise UsageError(f"no records in {results}: python -m kvbench.experiment tiered_vs_rivals")
-    return pd.DataFrame(rows)
+
+    def about(header: dict[str, Any]) -> dict[str, Any]:
+        arm = ARMS.get(header["identity"]["method"]["name"], "rival")
+        return {"arm": arm, "method": method_label(header)}
+
+    return examples(results, ("bytes_held", "bytes_budget"), about, "tiered_vs_rivals")
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:

@@ -15,14 +15,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kvbench.errors import UsageError
 from kvbench.report.statistics import Clusters, holm
-from kvbench.report.study import command, difference, markdown, signed, task_name, within_margin
-from kvbench.store import cells, read_cell
+from kvbench.report.study import command, difference, examples, markdown, signed, within_margin
 
 BASES, ARMS = ("keydiff", "kvzip", "snapkv"), ("base", "twin", "paper", "ours")
 PAIRS = {"ours - base": "less", "paper - base": "less", "ours - twin": "both"}  # a family each, and its tests' side
-DRAWS = "calibration_draw"
 
 
 def arm(method: dict[str, Any]) -> tuple[str, str]:
@@ -36,21 +33,14 @@ def arm(method: dict[str, Any]) -> tuple[str, str]:
 
 
 def read(results: Path) -> pd.DataFrame:
-    """A row per example and cell."""
-    rows = []
-    for folder in cells(results):
-        header, records = read_cell(folder)
-        identity = header["identity"]
-        base, kind = arm(identity["method"])
-        about = {"task": task_name(identity), "protocol": identity["protocol"], "base": base}
-        about |= {"arm": kind, "budget": identity["budget"], "draw": identity["method"].get(DRAWS, 0)}
-        rows += [about | {name: one[name] for name in KEPT} for one in records]
-    if not rows:
-        raise UsageError(f"no records in {results}: python -m kvbench.experiment vector_vs_base")
-    return pd.DataFrame(rows)
+    """A row per example and cell: `base` and `arm` say which it is, `draw` of which calibration documents."""
 
+    def about(header: dict[str, Any]) -> dict[str, Any]:
+        method = header["identity"]["method"]
+        base, kind = arm(method)
+        return {"base": base, "arm": kind, "draw": method.get("calibration_draw", 0)}
 
-KEPT = ("id", "cluster_id", "answer_nll", "bytes_held", "bytes_full", "bytes_budget", "bytes_shared")
+    return examples(results, ("bytes_held", "bytes_full", "bytes_budget", "bytes_shared"), about, "vector_vs_base")
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
@@ -128,7 +118,7 @@ def page(result: pd.DataFrame, draws: pd.DataFrame) -> str:
 
 def spread(table: pd.DataFrame) -> pd.DataFrame:
     """NLL by calibration draw, on the examples that all draws have."""
-    mine = table[table.arm.isin(("ours", "paper")) & (table.base == "keydiff") & (table.budget == "0.1")]
+    mine = table[table.arm.isin(("ours", "paper")) & (table.base == "keydiff") & (table.budget == 0.1)]
     rows = []
     for (task, kind), part in mine.groupby(["task", "arm"]):
         nll = part.pivot(index="id", columns="draw", values="answer_nll").dropna()

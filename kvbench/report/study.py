@@ -1,4 +1,4 @@
-"""What studies share: a cell's task by name, paired differences with their tests and margins, a table, a command.
+"""What studies share: their records, paired differences with their tests and margins, a table, a command.
 
 Differences are of losses in nats a token, ours less theirs. Imports no torch.
 """
@@ -18,8 +18,30 @@ from numpy import ndarray
 
 from kvbench.errors import UsageError
 from kvbench.report.statistics import Clusters, Side, interval, noninferior, p_values
+from kvbench.store import cells, read_cell
 
 ABSOLUTE, RELATIVE = 0.01, 0.05  # of the margin: nat, and share of the gap to the full cache
+
+
+def examples(
+    results: Path, fields: Sequence[str], about: Callable[[dict[str, Any]], dict[str, Any]], experiment: str
+) -> pd.DataFrame:
+    """A row per example and cell: `task`, `protocol`, `budget` and what `about` says of the cell's header, then the
+    record's `id`, `cluster_id`, `answer_nll` and `fields`.
+
+    Raises:
+        UsageError: there are none; `experiment` makes them.
+    """
+    rows = []
+    for folder in cells(results):
+        header, records = read_cell(folder)
+        identity = header["identity"]
+        cell = {"task": task_name(identity), "protocol": identity["protocol"], "budget": float(identity["budget"])}
+        cell |= about(header)
+        rows += [cell | {name: one[name] for name in ("id", "cluster_id", "answer_nll", *fields)} for one in records]
+    if not rows:
+        raise UsageError(f"no records in {results}: python -m kvbench.experiment {experiment}")
+    return pd.DataFrame(rows)
 
 
 def task_name(identity: Mapping[str, Any]) -> str:
