@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 
 from kvbench.errors import UsageError
-from kvbench.report.statistics import Clusters, holm
-from kvbench.report.study import command, difference, examples, markdown, signed, within_margin
+from kvbench.report.statistics import holm
+from kvbench.report.study import beside, command, difference, examples, markdown, signed, within_margin
 from kvbench.report.table import method_label
 
-GROUP = ["task", "protocol"]
 ARMS = {"full": "full", "vector": "mix"}  # by method; all others are rivals
 CELLS = 25  # of the family: 5 tasks and protocols at 5 budgets
 
@@ -38,22 +37,13 @@ def read(results: Path) -> pd.DataFrame:
 def compare(table: pd.DataFrame) -> pd.DataFrame:
     """A row per task, protocol and budget: the mix beside its rival."""
     found = []
-    for (task, protocol), group in table.groupby(GROUP):
-        full = group[group.arm == "full"].set_index("id")
-        for budget, part in group[group.arm != "full"].groupby("budget"):
-            nll = part.pivot(index="id", columns="arm", values="answer_nll").reindex(columns=["mix", "rival"])
-            nll = nll.assign(full=full.answer_nll).dropna()
-            if nll.empty:
-                continue
-            clusters = Clusters(full.cluster_id[nll.index].to_numpy())
-            rng = np.random.default_rng(0)
-            values, gap = (nll["mix"] - nll["rival"]).to_numpy(), (nll["rival"] - nll["full"]).to_numpy()
-            row = {"task": task, "protocol": protocol, "budget": budget, "n": len(nll), "clusters": clusters.count}
-            row |= nll[["full", "rival", "mix"]].mean()
-            row["which rival"] = part[part.arm == "rival"].method.iloc[0]
-            row["over"] = int((part.bytes_held > part.bytes_budget).sum())
-            row |= difference(values, clusters, rng, "less", tests=CELLS)
-            found.append(row | within_margin(values, gap, clusters, rng))
+    for row, part, nll, clusters in beside(table, ["task", "protocol", "budget"], ["rival", "mix"]):
+        rng = np.random.default_rng(0)
+        values, gap = (nll["mix"] - nll["rival"]).to_numpy(), (nll["rival"] - nll["full"]).to_numpy()
+        row["which rival"] = part[part.arm == "rival"].method.iloc[0]
+        row["over"] = int((part.bytes_held > part.bytes_budget).sum())
+        row |= difference(values, clusters, rng, "less", tests=CELLS)
+        found.append(row | within_margin(values, gap, clusters, rng))
     if not found:
         raise UsageError("no cell has examples of the mix, its rival and the full cache yet")
     result = pd.DataFrame(found)

@@ -15,30 +15,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kvbench.report.statistics import Clusters, holm
-from kvbench.report.study import command, difference, examples, markdown, signed, within_margin
+from kvbench.report.statistics import holm
+from kvbench.report.study import beside, command, difference, examples, markdown, signed, vector_arm, within_margin
 
 BASES, ARMS = ("keydiff", "kvzip", "snapkv"), ("base", "twin", "paper", "ours")
 PAIRS = {"ours - base": "less", "paper - base": "less", "ours - twin": "both"}  # a family each, and its tests' side
 
 
-def arm(method: dict[str, Any]) -> tuple[str, str]:
-    """(base, arm) of a method's identity."""
-    name = method["name"]
-    if name == "compose":
-        return method.get("scorer", "snapkv"), "twin"
-    if name == "vector":
-        return method.get("base", "snapkv"), "paper" if method.get("router") == "paper" else "ours"
-    return ("", "full") if name == "full" else (name, "base")
-
-
 def read(results: Path) -> pd.DataFrame:
-    """A row per example and cell: `base` and `arm` say which it is, `draw` of which calibration documents."""
+    """A row per example and cell: `scorer` and `arm` say which it is, `draw` of which calibration documents."""
 
     def about(header: dict[str, Any]) -> dict[str, Any]:
         method = header["identity"]["method"]
-        base, kind = arm(method)
-        return {"base": base, "arm": kind, "draw": method.get("calibration_draw", 0)}
+        base, kind = vector_arm(method)
+        return {"scorer": base, "arm": kind, "draw": method.get("calibration_draw", 0)}
 
     return examples(results, ("bytes_held", "bytes_full", "bytes_budget", "bytes_shared"), about, "vector_vs_base")
 
@@ -46,16 +36,8 @@ def read(results: Path) -> pd.DataFrame:
 def compare(table: pd.DataFrame) -> pd.DataFrame:
     """A row per task, base and budget: the arms' NLL and bytes, and every difference that was asked for."""
     found = []
-    full = table[table.arm == "full"]
-    for (task, protocol, base, budget), part in table[(table.arm != "full") & (table.draw == 0)].groupby(
-        ["task", "protocol", "base", "budget"]
-    ):
-        nll = part.pivot(index="id", columns="arm", values="answer_nll").reindex(columns=ARMS)
-        same = full[(full.task == task) & (full.protocol == protocol)].set_index("id")
-        nll = nll.assign(full=same.answer_nll).dropna()
-        clusters = Clusters(same.cluster_id[nll.index].to_numpy())
-        row: dict[str, Any] = {"task": task, "scorer": base, "protocol": protocol, "budget": budget}
-        row |= {"n": len(nll), "clusters": clusters.count, **nll.mean()}
+    rows = beside(table[table.draw == 0], ["task", "protocol", "scorer", "budget"], ARMS)
+    for row, part, nll, clusters in rows:
         row["held"] = part[part.arm == "ours"].bytes_held.mean()
         row["shared"] = part[part.arm == "ours"].bytes_shared.mean()
         row["bytes_full"] = part.bytes_full.mean()
@@ -118,7 +100,7 @@ def page(result: pd.DataFrame, draws: pd.DataFrame) -> str:
 
 def spread(table: pd.DataFrame) -> pd.DataFrame:
     """NLL by calibration draw, on the examples that all draws have."""
-    mine = table[table.arm.isin(("ours", "paper")) & (table.base == "keydiff") & (table.budget == 0.1)]
+    mine = table[table.arm.isin(("ours", "paper")) & (table.scorer == "keydiff") & (table.budget == 0.1)]
     rows = []
     for (task, kind), part in mine.groupby(["task", "arm"]):
         nll = part.pivot(index="id", columns="draw", values="answer_nll").dropna()

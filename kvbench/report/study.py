@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,39 @@ def examples(
     return pd.DataFrame(rows)
 
 
+def vector_arm(method: Mapping[str, Any]) -> tuple[str, str]:
+    """(base, arm) of a method's identity in studies of VECTOR: full, base, twin (4 bits), paper (its recipe), ours."""
+    name = method["name"]
+    if name == "compose":
+        return method.get("scorer", "snapkv"), "twin"
+    if name == "vector":
+        return method.get("base", "snapkv"), "paper" if method.get("router") == "paper" else "ours"
+    return ("", "full") if name == "full" else (name, "base")
+
+
+def beside(
+    table: pd.DataFrame, by: Sequence[str], arms: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, Clusters]]:
+    """For each group of `by` (task and protocol first): the start of its row (what it is, `n`, `clusters`, mean NLL of
+    each arm and of full), its records, NLL by example and arm, and the clusters of these examples.
+
+    Only examples that all arms and the full cache have; a group without any is left out.
+    """
+    full = table[table.arm == "full"].set_index(["task", "protocol"])
+    for key, part in table[table.arm != "full"].groupby(list(by)):
+        nll = part.pivot(index="id", columns="arm", values="answer_nll").reindex(columns=arms)
+        same = full.loc[[key[:2]]].set_index("id")
+        nll = nll.assign(full=same.answer_nll).dropna()
+        if len(nll):
+            clusters = Clusters(same.cluster_id[nll.index].to_numpy())
+            yield (
+                {**dict(zip(by, key, strict=True)), "n": len(nll), "clusters": clusters.count, **nll.mean()},
+                part,
+                nll,
+                clusters,
+            )
+
+
 def task_name(identity: Mapping[str, Any]) -> str:
     """A cell's task, as studies name it: "lm", "niah, 4 needles"."""
     task = identity["task"]
@@ -77,7 +110,7 @@ def within_margin(
     return {"bound": found.bound, "margin": margin, "holds": found.holds}
 
 
-def signed(one: Mapping[str, float]) -> str:
+def signed(one: Mapping[str, Any]) -> str:
     """A difference with its interval, as studies show it."""
     return f"{one['mean']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f})"
 
