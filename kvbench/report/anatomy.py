@@ -69,37 +69,36 @@ def write(table: pd.DataFrame, results: Path, budget: str, out: Path) -> list[Pa
 
 
 def draw(found: pd.DataFrame) -> Figure:
-    """Bars of cells that differ in method only, at the width of a column: bytes left, tokens right."""
+    """Bars of cells that differ in method only, at the width of a column unless names are long: bytes left, tokens
+    right."""
     with matplotlib.rc_context(STYLE):
         return _draw(found)
 
 
 def _draw(found: pd.DataFrame) -> Figure:
     about, rows = found.iloc[0], found.sort_values("method", ascending=False)
-    labels = list(short(list(rows["method"])).values())
+    names = short(list(rows["method"])).values()
+    labels = [f"{name}\n{tiers}" if tiers else name for name, tiers in zip(names, rows["tiers"], strict=True)]
     size = 7.0 if len(labels) <= 12 else 5.5
-    left, right, top, bottom, between = 0.1 + max(width(name, size) for name in labels), 0.08, 0.36, 0.5, 0.12
-    tall, wide = 1.5 * size / 72 * len(labels), (COLUMN - left - right - between) / 2
-    high = tall + top + bottom
-    figure = Figure(figsize=(COLUMN, high))
+    lines = [line for label in labels for line in label.split("\n")]
+    left, right, top, bottom, between = 0.1 + max(width(line, size) for line in lines), 0.08, 0.36, 0.5, 0.2
+    pitch = 1.5 if len(lines) == len(labels) else 2.6  # between bars, in heights of the letters
+    tall, wide = pitch * size / 72 * len(labels), max((COLUMN - left - right - between) / 2, 0.9)
+    high, across = tall + top + bottom, left + right + between + 2 * wide
+    figure = Figure(figsize=(across, high))
     named = {"tokens exact": "exact rows", "tokens host": "in the host's memory"}
     tokens = rows.filter(like="tokens ").fillna(0.0).rename(columns=lambda name: named.get(name, "other tiers"))
     shares = tokens.T.groupby(level=0).sum().T
     sides = {"bytes / full cache": (rows, labels), "tokens / context": (shares, [])}
     handles: dict[str, Any] = {}
     for column, (title, (parts, ticks)) in enumerate(sides.items()):
-        axis = figure.add_axes(((left + column * (wide + between)) / COLUMN, bottom / high, wide / COLUMN, tall / high))
+        axis = figure.add_axes(((left + column * (wide + between)) / across, bottom / high, wide / across, tall / high))
         handles |= _bars(axis, parts)
         axis.set_title(title, fontsize=6.5, pad=2)
         axis.set_yticks(range(len(ticks)), ticks, fontsize=size)
         axis.set_ylim(-0.6, len(labels) - 0.4)
         axis.tick_params(axis="y", length=0)
         axis.tick_params(axis="x", labelsize=6)
-    for height, (text, share) in enumerate(zip(rows["tiers"], shares.sum(axis=1), strict=True)):
-        inside = share > 0.55
-        box = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"} if inside and text else None
-        at = share + (-0.03 if inside else 0.03)
-        axis.text(at, height, text, ha="right" if inside else "left", va="center", size=size - 1, bbox=box)
     title = f"{about['task']}, {about['protocol']}, {about['model']}, budget {about['budget']}"
     figure.text(0.01, 1 - 0.05 / high, title, va="top", size=7)
     style: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 0.0), "frameon": False, "fontsize": 6.5}

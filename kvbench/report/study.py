@@ -64,7 +64,7 @@ def beside(
     """
     full = table[table.arm == "full"].set_index(["task", "protocol"])
     for key, part in table[table.arm != "full"].groupby(list(by)):
-        nll = part.pivot(index="id", columns="arm", values="answer_nll").reindex(columns=arms)
+        nll = part.pivot(index="id", columns="arm", values="answer_nll").reindex(columns=list(arms))
         same = full.loc[[key[:2]]].set_index("id")
         nll = nll.assign(full=same.answer_nll).dropna()
         if len(nll):
