@@ -72,17 +72,40 @@ def test_what_is_over_its_budget_is_counted(study: ModuleType) -> None:
     assert study.compare(table)["over"].tolist() == [60]
 
 
-def test_each_cell_has_the_rival_that_tuning_data_chose(study: ModuleType) -> None:
-    cells = [convert(composed_words(words)).cell for words in experiment.read("tiered_vs_rivals")]
-    rivals = pd.read_csv(Path(__file__).parents[1] / "results" / "tiered_tuning" / "rivals.csv")
-    chosen = {(row.task, row.protocol, row.budget): row.rival for row in rivals.itertuples()}
-    run: dict[str, dict[tuple[str, str, float], str]] = {"full": {}, "mix": {}, "rival": {}}
-    for cell in cells:
+Key = tuple[str, str, float]
+
+
+def arms(study: ModuleType, name: str) -> dict[str, dict[Key, str]]:
+    """The methods of a study's file, by arm and cell."""
+    found: dict[str, dict[Key, str]] = {"full": {}, "mix": {}, "rival": {}}
+    for words in experiment.read(name):
+        cell = convert(composed_words(words)).cell
         identity = cell.identity()
-        arm = study.ARMS.get(identity["method"]["name"], "rival")
         key = (task_name(identity), identity["protocol"], float(identity["budget"]))
-        assert key not in run[arm]
-        run[arm][key] = method_label({"identity": identity, "label": cell.label})
-    assert run["rival"] == chosen
-    assert run["mix"].keys() == chosen.keys()
-    assert {key[:2] for key in run["full"]} == {key[:2] for key in chosen}
+        same = found[study.ARMS.get(identity["method"]["name"], "rival")]
+        assert key not in same
+        same[key] = method_label({"identity": identity, "label": cell.label})
+    assert {key[:2] for key in found["full"]} == {key[:2] for key in found["rival"]}
+    assert found["mix"].keys() == found["rival"].keys()
+    return found
+
+
+@pytest.fixture(scope="module")
+def chosen() -> dict[Key, str]:
+    rivals = pd.read_csv(Path(__file__).parents[1] / "results" / "tiered_tuning" / "rivals.csv")
+    return {(row.task, row.protocol, row.budget): row.rival for row in rivals.itertuples()}
+
+
+def test_each_cell_has_the_rival_that_tuning_data_chose(study: ModuleType, chosen: dict[Key, str]) -> None:
+    assert arms(study, "tiered_vs_rivals")["rival"] == chosen
+
+
+def test_what_was_not_non_inferior_is_asked_again_with_the_same_rivals(
+    study: ModuleType, chosen: dict[Key, str]
+) -> None:
+    found = arms(study, "tiered_open")
+    answers = pd.read_csv(Path(__file__).parents[1] / "results" / "tiered_vs_rivals" / "study.csv")
+    open_cells = answers[~answers["non-inferior"]]
+    assert found["rival"] == {key: chosen[key] for key in zip(open_cells.task, open_cells.protocol, open_cells.budget)}
+    snapkv = {key for key, label in found["mix"].items() if "base=kvzip" not in label}
+    assert snapkv == {("lm", "blind", 0.02)}
