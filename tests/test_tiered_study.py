@@ -106,6 +106,6 @@ def test_what_was_not_non_inferior_is_asked_again_with_the_same_rivals(
     found = arms(study, "tiered_open")
     answers = pd.read_csv(Path(__file__).parents[1] / "results" / "tiered_vs_rivals" / "study.csv")
     open_cells = answers[~answers["non-inferior"]]
-    assert found["rival"] == {key: chosen[key] for key in zip(open_cells.task, open_cells.protocol, open_cells.budget)}
+    assert found["rival"] == {key: chosen[key] for key in open_cells.set_index(["task", "protocol", "budget"]).index}
     snapkv = {key for key, label in found["mix"].items() if "base=kvzip" not in label}
     assert snapkv == {("lm", "blind", 0.02)}
