@@ -19,9 +19,9 @@ import pandas as pd
 
 from kvbench.errors import UsageError
 from kvbench.report.statistics import benjamini_hochberg
-from kvbench.report.study import beside, command, difference, examples, markdown, signed, vector_arm
+from kvbench.report.study import beside, command, difference, examples, markdown, signed, vector_arm, written
 
-DOMAIN = "essays"  # the study's lm text and its haystacks' are both of them
+DOMAIN = "essays"  # what the study's texts and haystacks are
 ARMS = ["base", "paper, left out", "paper, in domain", "ours, left out", "ours, in domain"]
 PAIRS = [(arm, "base") for arm in ARMS[1:]] + [
     (f"{name}, in domain", f"{name}, left out") for name in ("paper", "ours")
@@ -85,10 +85,7 @@ def page(result: pd.DataFrame) -> str:
 
 def write(folder: Path) -> str:
     result = compare(read(folder))
-    text = page(result) + "\n"
-    (folder / "study.md").write_text(text)
-    result.to_csv(folder / "study.csv", index=False)
-    return text
+    return written(folder, result, page(result) + "\n")
 
 
 if __name__ == "__main__":

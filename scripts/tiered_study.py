@@ -18,7 +18,7 @@ import pandas as pd
 
 from kvbench.errors import UsageError
 from kvbench.report.statistics import holm
-from kvbench.report.study import beside, command, difference, examples, markdown, signed, within_margin
+from kvbench.report.study import beside, command, difference, examples, markdown, signed, within_margin, written
 from kvbench.report.table import method_label
 
 ARMS = {"full": "full", "vector": "mix"}  # by method; all others are rivals
@@ -80,10 +80,7 @@ def page(result: pd.DataFrame) -> str:
 
 def write(folder: Path) -> str:
     result = compare(read(folder))
-    text = page(result) + "\n"
-    (folder / "study.md").write_text(text)
-    result.to_csv(folder / "study.csv", index=False)
-    return text
+    return written(folder, result, page(result) + "\n")
 
 
 if __name__ == "__main__":

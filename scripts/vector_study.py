@@ -16,7 +16,17 @@ import numpy as np
 import pandas as pd
 
 from kvbench.report.statistics import holm
-from kvbench.report.study import beside, command, difference, examples, markdown, signed, vector_arm, within_margin
+from kvbench.report.study import (
+    beside,
+    command,
+    difference,
+    examples,
+    markdown,
+    signed,
+    vector_arm,
+    within_margin,
+    written,
+)
 
 BASES, ARMS = ("keydiff", "kvzip", "snapkv"), ("base", "twin", "paper", "ours")
 PAIRS = {"ours - base": "less", "paper - base": "less", "ours - twin": "both"}  # a family each, and its tests' side
@@ -114,10 +124,7 @@ def spread(table: pd.DataFrame) -> pd.DataFrame:
 def write(folder: Path) -> str:
     table = read(folder)
     result = compare(table)
-    text = page(result, spread(table))
-    (folder / "study.md").write_text(text)
-    result.to_csv(folder / "study.csv", index=False)
-    return text
+    return written(folder, result, page(result, spread(table)))
 
 
 if __name__ == "__main__":

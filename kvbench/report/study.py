@@ -124,6 +124,13 @@ def markdown(table: pd.DataFrame, columns: Sequence[str], forms: Mapping[str, st
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def written(folder: Path, table: pd.DataFrame, page: str) -> str:
+    """`page`, after it was written into a results folder as study.md, beside the table as study.csv."""
+    (folder / "study.md").write_text(page)
+    table.to_csv(folder / "study.csv", index=False)
+    return page
+
+
 def command(about: str, results: str, make: Callable[[Path], str]) -> int:
     """The command line of a study's script: prints what `make` writes of a results folder; returns the exit code."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
