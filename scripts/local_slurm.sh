@@ -14,7 +14,7 @@ set -euo pipefail
 ROOT=${LOCAL_SLURM_ROOT:-/tmp/local-slurm}
 PORT=${LOCAL_SLURM_PORT:-46817}
 PACKAGES=(munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins)
-export SLURM_CONF=$ROOT/slurm.conf
+export SLURM_CONF=$ROOT/slurm.conf PATH=$PATH:/usr/sbin  # the daemons lie there, which not every shell looks through
 
 say() { echo "local_slurm: $*" >&2; }
 die() { say "$*"; exit 1; }
