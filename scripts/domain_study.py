@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kvbench.errors import UsageError
 from kvbench.report.statistics import benjamini_hochberg
 from kvbench.report.study import beside, command, difference, examples, markdown, signed, vector_arm, written
 
@@ -47,9 +46,7 @@ def read(results: Path) -> pd.DataFrame:
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
     """A row per task, scorer, budget and pair of arms."""
-    groups = list(beside(table, ["task", "protocol", "scorer", "budget"], ARMS))
-    if not groups:
-        raise UsageError("no cell has examples of all arms and the full cache yet")
+    groups = beside(table, ["task", "protocol", "scorer", "budget"], ARMS)
     found = []
     for row, _, nll, clusters in groups:
         rng = np.random.default_rng(0)

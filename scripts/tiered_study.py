@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kvbench.errors import UsageError
 from kvbench.report.statistics import holm
 from kvbench.report.study import beside, command, difference, examples, markdown, signed, within_margin, written
 from kvbench.report.table import method_label
@@ -36,9 +35,7 @@ def read(results: Path) -> pd.DataFrame:
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
     """A row per task, protocol and budget: the mix beside its rival."""
-    groups = list(beside(table, ["task", "protocol", "budget"], ["rival", "mix"]))
-    if not groups:
-        raise UsageError("no cell has examples of the mix, its rival and the full cache yet")
+    groups = beside(table, ["task", "protocol", "budget"], ["rival", "mix"])
     found = []
     for row, part, nll, clusters in groups:
         rng = np.random.default_rng(0)

@@ -46,8 +46,8 @@ def read(results: Path) -> pd.DataFrame:
 def compare(table: pd.DataFrame) -> pd.DataFrame:
     """A row per task, base and budget: the arms' NLL and bytes, and every difference that was asked for."""
     found = []
-    rows = beside(table[table.draw == 0], ["task", "protocol", "scorer", "budget"], ARMS)
-    for row, part, nll, clusters in rows:
+    groups = beside(table[table.draw == 0], ["task", "protocol", "scorer", "budget"], ARMS)
+    for row, part, nll, clusters in groups:
         row["held"] = part[part.arm == "ours"].bytes_held.mean()
         row["shared"] = part[part.arm == "ours"].bytes_shared.mean()
         row["bytes_full"] = part.bytes_full.mean()

@@ -260,6 +260,22 @@ def test_where_the_bytes_went(tmp_path: Path) -> None:
         anatomy.write(aggregate(tmp_path / "results"), tmp_path / "results", "0.2", tmp_path / "b")
 
 
+def test_where_the_bytes_went_has_room_for_long_names() -> None:
+    """Every text lies within the figure, and neither side's ticks or title run into the other's."""
+    about = {"task": "niah", "protocol": "blind", "model": "m", "budget": "0.1", "exact rows": 0.05, "metadata": 0.0}
+    rows = [
+        about | {"method": name, "tiers": tiers, "other tiers": 0.05, "tokens exact": 0.05, "tokens int4": share}
+        for name, tiers, share in (("a" * 45, "approximate, int4, int8", 0.4), ("snapkv", "", 0.0))
+    ]
+    figure = anatomy.draw(pd.DataFrame(rows))
+    figure.draw_without_rendering()
+    left, right = (axis.get_tightbbox() for axis in figure.axes)
+    for drawn in (left, right, *(text.get_window_extent() for text in figure.texts)):
+        assert figure.bbox.x0 <= drawn.x0
+        assert drawn.x1 <= figure.bbox.x1
+    assert left.x1 < right.x0
+
+
 def test_the_script(tmp_path: Path) -> None:
     write_results(tmp_path / "results", n=8, tasks=("niah",), protocols=("blind",), budgets=("0.1",))
     script = [sys.executable, "scripts/pareto.py", str(tmp_path / "results")]

@@ -62,8 +62,9 @@ def test_a_cell_that_lacks_a_side_is_left_out_and_none_at_all_is_told(study: Mod
     table = records({0.1: 0.2, 0.25: 0.2})
     found = study.compare(table[(table.arm != "rival") | (table.budget != 0.25)])
     assert found.budget.tolist() == [0.1]
-    with pytest.raises(UsageError, match="yet"):
-        study.compare(table[table.arm != "mix"])
+    for side in ("full", "mix"):
+        with pytest.raises(UsageError, match="of all of full, rival, mix yet"):
+            study.compare(table[table.arm != side])
 
 
 def test_what_is_over_its_budget_is_counted(study: ModuleType) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +56,27 @@ def vector_arm(method: Mapping[str, Any]) -> tuple[str, str]:
 
 def beside(
     table: pd.DataFrame, by: Sequence[str], arms: Sequence[str]
-) -> Iterator[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, Clusters]]:
+) -> list[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, Clusters]]:
     """For each group of `by` (task and protocol first): the start of its row (what it is, `n`, `clusters`, mean NLL of
     each arm and of full), its records, NLL by example and arm, and the clusters of these examples.
 
     Only examples that all arms and the full cache have; a group without any is left out.
+
+    Raises:
+        UsageError: none has any.
     """
-    full = table[table.arm == "full"].set_index(["task", "protocol"])
+    full, found = table[table.arm == "full"], []
     for key, part in table[table.arm != "full"].groupby(list(by)):
         nll = part.pivot(index="id", columns="arm", values="answer_nll").reindex(columns=list(arms))
-        same = full.loc[[key[:2]]].set_index("id")
+        same = full[(full.task == key[0]) & (full.protocol == key[1])].set_index("id")
         nll = nll.assign(full=same.answer_nll).dropna()
         if len(nll):
             clusters = Clusters(same.cluster_id[nll.index].to_numpy())
-            yield (
-                {**dict(zip(by, key, strict=True)), "n": len(nll), "clusters": clusters.count, **nll.mean()},
-                part,
-                nll,
-                clusters,
-            )
+            row = {**dict(zip(by, key, strict=True)), "n": len(nll), "clusters": clusters.count, **nll.mean()}
+            found.append((row, part, nll, clusters))
+    if not found:
+        raise UsageError(f"no cell has examples of all of full, {', '.join(arms)} yet")
+    return found
 
 
 def task_name(identity: Mapping[str, Any]) -> str:
